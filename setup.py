@@ -12,7 +12,10 @@ kernel = Extension(
     sources=["quicsteer/_kernel.pyx", "csrc/sockets.c", "csrc/loader.c", "csrc/spawn.c"],
     depends=[
         "bpf/abi.h",
-        *(f"csrc/{name}.h" for name in ("decide", "loader", "program", "result", "siphash", "sockets", "spawn", "types")),
+        *(
+            f"csrc/{name}.h"
+            for name in ("decide", "loader", "program", "result", "siphash", "sockets", "spawn", "types")
+        ),
     ],
     include_dirs=["csrc", "bpf"],
     define_macros=[("Py_LIMITED_API", STABLE_ABI)],

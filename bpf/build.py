@@ -65,7 +65,8 @@ class Program(NamedTuple):
 def load_abi() -> ModuleType:
     """Import quicsteer/abi.py by its path: the package itself may not be built yet."""
     spec = importlib.util.spec_from_file_location("quicsteer_abi", ROOT / "quicsteer" / "abi.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

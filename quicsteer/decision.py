@@ -3,7 +3,7 @@
 It is written for reading, shares no code with the others, and does no I/O. ``csrc/decide.h`` has the same rooms.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .abi import MESSAGE_LENGTH, SEAL_LENGTH, TABLE_SIZE, Outcome
@@ -20,7 +20,7 @@ class Rules:
     ``listeners`` is the number of listener slots, ``slots`` the number of all slots without the sink.
     """
 
-    key: bytes
+    key: bytes = field(repr=False)
     cid_length: int
     listeners: int
     slots: int

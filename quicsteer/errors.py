@@ -51,3 +51,7 @@ class SteeringUnavailable(QuicSteerError):
 
 class SteeringFallbackWarning(RuntimeWarning):
     """``mode="auto"`` took another than the best mode; the text says which, what failed and what would fix it."""
+
+
+class ReceiveBufferWarning(RuntimeWarning):
+    """The kernel gave less receive buffer than asked for; the text says how much and which sysctl limits it."""

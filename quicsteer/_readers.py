@@ -1,0 +1,110 @@
+"""Reads a worker's two sockets per address in one event loop so that established connections come first.
+
+Per turn of the loop up to 16 datagrams are read from a socket for established connections and one from a listener.
+asyncio's own datagram transports take one of each: under a flood of new connections the established socket then gets
+half of the turns, and overflows. They also change what other processes see of a shared socket; this reads with
+``add_reader`` and leaves O_NONBLOCK as it is.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Any
+
+ESTABLISHED_BATCH = 16
+LISTENER_BATCH = 1
+LAST_BATCH = 64
+"""Datagrams that are read at most from a listener before its reader stops."""
+
+_DATAGRAM_MAX = 65536
+
+SocketAddress = tuple[Any, ...]
+Receive = Callable[["Endpoint", bytes, SocketAddress, bool], None]
+"""Takes a datagram: where it arrived, payload, sender, and whether a listener took it."""
+
+
+class Endpoint(asyncio.DatagramTransport):
+    """One address of a worker, as a transport: all that is sent leaves through the socket for established connections.
+
+    ``listener`` is the socket for new connections; where it is the same socket (the plain form, and modes without
+    steering) it is read in batches of 16 and every datagram counts as one of a listener. The sockets belong to the
+    caller, who closes the endpoint before them: epoll would go on watching a closed socket that another process holds.
+
+    An exception that ``receive`` raises goes to the loop's exception handler, and reading goes on.
+    """
+
+    def __init__(
+        self,
+        established: socket.socket,
+        listener: socket.socket,
+        receive: Receive,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        super().__init__({"socket": established, "sockname": established.getsockname(), "peername": None})
+        self._established = established
+        self._listener = None if listener is established else listener
+        self._receive = receive
+        self._loop = loop
+        self._buffer = memoryview(bytearray(_DATAGRAM_MAX))
+        self._closed = False
+        self.reading = False
+        """Whether a batch is being read: who sends after each datagram may rather send once after the batch."""
+        self.unsent = 0
+        """Datagrams that the kernel did not take, mostly because the send buffer was full; lost, as UDP may."""
+
+    def start(self) -> None:
+        """Start to read the socket for established connections."""
+        self._loop.add_reader(
+            self._established, self._read, self._established, ESTABLISHED_BATCH, self._listener is None
+        )
+
+    def start_listener(self) -> None:
+        """Start to read the listener, where it is a socket of its own."""
+        if self._listener and not self._closed:
+            self._loop.add_reader(self._listener, self._read, self._listener, LISTENER_BATCH, True)
+
+    def stop_listener(self) -> None:
+        """Stop to read the listener, after a last batch of up to 64 datagrams.
+
+        What arrived before it stopped is served here; the next reader finds an empty queue.
+        """
+        if self._listener and self._loop.remove_reader(self._listener):
+            self._read(self._listener, LAST_BATCH, True)
+
+    def sendto(self, data: Any, addr: SocketAddress | None = None) -> None:
+        """Send a datagram, or lose it when the kernel does not take it now."""
+        if self._closed or addr is None:
+            return
+        try:
+            self._established.sendto(data, addr)
+        except OSError:
+            self.unsent += 1
+
+    def close(self) -> None:
+        """Stop reading and sending; the sockets stay open. Closing twice does nothing."""
+        if not self._closed:
+            self._closed = True
+            for sock in filter(None, (self._established, self._listener)):
+                self._loop.remove_reader(sock)
+
+    def abort(self) -> None:
+        self.close()
+
+    def is_closing(self) -> bool:
+        return self._closed
+
+    def _read(self, sock: socket.socket, batch: int, listener: bool) -> None:
+        self.reading = True
+        try:
+            for _ in range(batch):
+                try:
+                    size, address = sock.recvfrom_into(self._buffer)
+                except BlockingIOError:
+                    return
+                except OSError:
+                    continue  # an ICMP error about something sent earlier, which recv reports once
+                self._receive(self, bytes(self._buffer[:size]), address, listener)
+                if self._closed:
+                    return
+        finally:
+            self.reading = False
