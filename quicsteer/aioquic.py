@@ -1,0 +1,486 @@
+"""Serve QUIC with aioquic on the sockets of a worker, under connection IDs that bring every datagram back to it.
+
+``serve()`` is ``aioquic.asyncio.serve`` with a worker in place of host and port. The server differs from aioquic's in
+what steering asks for:
+
+* each connection ID that it issues (the first, later ones, and that of a Retry) names the worker, and its stateless
+  reset token is a keyed hash of it;
+* Retry tokens are good on every worker of the group;
+* an Initial whose DCID this group issued opens no connection, unless a Retry token comes with it: it is a stray of a
+  connection that is gone;
+* a datagram for a connection of this worker that nobody knows any more is answered with a stateless reset, so that
+  clients of a worker that crashed start again at once.
+"""
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from ._readers import Endpoint, SocketAddress
+from ._stateless import RateLimit, RetryTokens, stateless_reset
+from .abi import LONG_DCID_OFFSET
+from .invariants import Header, read_header
+from .worker import Worker
+
+try:
+    import aioquic
+    import aioquic.asyncio.server as aioquic_server
+    from aioquic.asyncio import QuicConnectionProtocol
+    from aioquic.asyncio.protocol import QuicStreamHandler
+    from aioquic.asyncio.server import QuicServer
+    from aioquic.buffer import Buffer
+    from aioquic.quic.configuration import SMALLEST_MAX_DATAGRAM_SIZE, QuicConfiguration
+    from aioquic.quic.connection import QuicConnection, QuicConnectionId
+    from aioquic.quic.events import ConnectionIdRetired, ConnectionTerminated, HandshakeCompleted, QuicEvent
+    from aioquic.quic.packet import (
+        QuicErrorCode,
+        QuicHeader,
+        QuicPacketType,
+        encode_quic_retry,
+        encode_quic_version_negotiation,
+        pull_quic_header,
+    )
+    from aioquic.tls import SessionTicketFetcher, SessionTicketHandler
+except ImportError as error:
+    raise ImportError(
+        f"quicsteer.aioquic needs aioquic 1.2 or later ({error}): pip install quicsteer[aioquic]", name=error.name
+    ) from error
+
+RESETS_PER_SECOND = 100.0
+"""Stateless resets that a server sends at most."""
+
+RETIRED_MAX = 32
+"""Retired connection IDs per connection that a server still knows, so that no straggler is answered with a reset."""
+
+PRIVATE_NAMES = (
+    (QuicConnection, "host_cid", "the connection ID that the server's packets show"),
+    (QuicConnection, "_host_cids", "all connection IDs of the server; the first one and its token are replaced"),
+    (QuicConnection, "_local_initial_source_connection_id", "the first connection ID as transport parameters say it"),
+    (QuicConnection, "_replenish_connection_ids", "makes all later connection IDs"),
+    (QuicConnection, "_close_event", "tells whether we or the peer ended a connection"),
+)
+"""Names of aioquic that it does not document, and what each is used for: aioquic has no hook for connection IDs."""
+
+_VERSION_NEGOTIATION = bytes(4)  # RFC 8999, 6
+_encode_invalid_token_close = getattr(aioquic_server, "_encode_invalid_token_close", None)
+
+
+def missing_names() -> list[str]:
+    """Return the names of ``PRIVATE_NAMES`` that this aioquic lacks."""
+    return [
+        f"{owner.__name__}.{name}"
+        for owner, name, _ in PRIVATE_NAMES
+        if not hasattr(owner, name) and name not in owner.__init__.__code__.co_names
+    ]
+
+
+if _missing := missing_names():
+    raise ImportError(
+        f"quicsteer.aioquic does not fit aioquic {aioquic.__version__}, which has no {', '.join(_missing)}: "
+        "pip install quicsteer[aioquic] takes a release that it was tested with",
+        name="aioquic",
+    )
+
+
+class ConnectionEnd(NamedTuple):
+    """How connections ended.
+
+    ``sender`` of the CONNECTION_CLOSE is ``"server"``, ``"client"`` or ``"nobody"`` (idle timeout). ``application``
+    tells application error codes from those of RFC 9000, 20.1.
+    """
+
+    sender: str
+    application: bool
+    code: int
+
+
+@dataclass
+class ServerCounters:
+    """What a server did so far.
+
+    ``unanswered_resets`` are stateless resets that the rate limit or a short datagram forbade. ``unsent`` are
+    datagrams that the kernel did not take.
+    """
+
+    connections: int = 0
+    retries: int = 0
+    invalid_tokens: int = 0
+    resets: int = 0
+    unanswered_resets: int = 0
+    unsent: int = 0
+    ends: Counter[ConnectionEnd] = field(default_factory=Counter)
+
+
+@dataclass(eq=False)
+class _Entry:
+    """What a server knows of a connection; ``cids`` are all DCIDs that lead to it."""
+
+    server: "SteeredQuicServer"
+    endpoint: Endpoint
+    protocol: QuicConnectionProtocol | None = None
+    cids: set[bytes] = field(default_factory=set)
+    retired: deque[bytes] = field(default_factory=deque)
+    handshaking: bool = True
+    transmit_soon: bool = False
+
+
+class _SteeredConnection(QuicConnection):
+    """A connection whose connection IDs name the worker, and which tells its server what becomes of them."""
+
+    def __init__(self, entry: _Entry, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.steering_entry = entry
+        self._ended_here: ConnectionTerminated | None = None
+        self._ended_silently: ConnectionTerminated | None = None
+        self._name_worker(self._host_cids[0])
+        self.host_cid = self._local_initial_source_connection_id = self._host_cids[0].cid
+
+    def _name_worker(self, connection_id: QuicConnectionId) -> None:
+        # A client may use a connection ID as soon as it has it: it is known before it is sent.
+        ids = self.steering_entry.server.worker.connection_ids
+        connection_id.cid = ids.issue()
+        connection_id.stateless_reset_token = ids.reset_token(connection_id.cid)
+        self.steering_entry.server.learn(self.steering_entry, connection_id.cid)
+
+    def _replenish_connection_ids(self) -> None:
+        first_new = len(self._host_cids)
+        super()._replenish_connection_ids()
+        for connection_id in self._host_cids[first_new:]:
+            self._name_worker(connection_id)
+
+    def datagrams_to_send(self, now: float) -> list[tuple[bytes, Any]]:
+        """Answer once after a batch of datagrams, not after each: building packets is what costs most."""
+        return [] if self.steering_entry.server.defers(self.steering_entry) else super().datagrams_to_send(now)
+
+    def next_event(self) -> QuicEvent | None:
+        event = super().next_event()
+        server, entry = self.steering_entry.server, self.steering_entry
+        if isinstance(event, ConnectionIdRetired):
+            server.retire(entry, event.connection_id)
+        elif isinstance(event, HandshakeCompleted):
+            server.end_handshake(entry)
+        elif isinstance(event, ConnectionTerminated):
+            senders = {id(self._ended_here): "server", id(self._ended_silently): "nobody"}
+            end = ConnectionEnd(senders.get(id(event), "client"), event.frame_type is None, int(event.error_code))
+            server.counters.ends[end] += 1
+            server.forget(entry)
+        return event
+
+    def close(
+        self, error_code: int = QuicErrorCode.NO_ERROR, frame_type: int | None = None, reason_phrase: str = ""
+    ) -> None:
+        ended = self._close_event
+        super().close(error_code, frame_type, reason_phrase)
+        if ended is None:
+            self._ended_here = self._close_event
+
+    def handle_timer(self, now: float) -> None:
+        ended = self._close_event
+        super().handle_timer(now)
+        if ended is None:
+            self._ended_silently = self._close_event
+
+
+class SteeredQuicServer(QuicServer):
+    """An aioquic server on the sockets of a worker. ``serve()`` makes and starts it.
+
+    ``counters`` says what it did. It reads the worker's sockets until ``close()``, and does not close them.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        *,
+        configuration: QuicConfiguration,
+        create_protocol: Callable[..., QuicConnectionProtocol] = QuicConnectionProtocol,
+        session_ticket_fetcher: SessionTicketFetcher | None = None,
+        session_ticket_handler: SessionTicketHandler | None = None,
+        retry: bool | int = False,
+        stream_handler: QuicStreamHandler | None = None,
+    ) -> None:
+        super().__init__(configuration=configuration)
+        loop = asyncio.get_running_loop()
+        self.worker = worker
+        self._counters = ServerCounters()
+        self._endpoints = [
+            Endpoint(established, listener, self._receive, loop)
+            for established, listener in zip(worker.established, worker.listeners, strict=True)
+        ]
+        self._new_connection = partial(
+            _SteeredConnection,
+            configuration=configuration,
+            session_ticket_fetcher=session_ticket_fetcher,
+            session_ticket_handler=session_ticket_handler,
+        )
+        self._new_protocol = partial(create_protocol, stream_handler=stream_handler)
+        self._versions = configuration.supported_versions
+        self._entries: dict[bytes, _Entry] = {}
+        self._handshakes = 0
+        self._listening = False
+        self._closed = False
+        self._call_soon = loop.call_soon
+        self._retry_above = {True: -1, False: None}[retry] if isinstance(retry, bool) else retry
+        self._retry_tokens = RetryTokens(worker.token_secret)
+        self._reset_limit = RateLimit(RESETS_PER_SECOND)
+
+    @property
+    def counters(self) -> ServerCounters:
+        """What the server did so far."""
+        self._counters.unsent = sum(endpoint.unsent for endpoint in self._endpoints)
+        return self._counters
+
+    @property
+    def handshakes(self) -> int:
+        """Handshakes that are open now."""
+        return self._handshakes
+
+    @property
+    def connections(self) -> int:
+        """Connections that are not over yet, with those in their handshake and those that are being closed."""
+        return len({id(entry) for entry in self._entries.values()})
+
+    def start(self) -> None:
+        """Start to read the sockets for established connections."""
+        for endpoint in self._endpoints:
+            endpoint.start()
+
+    def start_listening(self) -> None:
+        """Take new connections."""
+        self._listening = True
+        for endpoint in self._endpoints:
+            endpoint.start_listener()
+
+    def stop_listening(self) -> None:
+        """Take no new connections; those that exist, and clients that come back with a Retry token, are served.
+
+        In the split form the listeners are left to the next worker: what has arrived (up to 64 datagrams each) is
+        served first. Let the next worker start its listeners only after this one has stopped them.
+        """
+        for endpoint in self._endpoints:
+            endpoint.stop_listener()
+        self._listening = False
+
+    def close(self) -> None:
+        """Close any ongoing connections, and stop reading; closing twice does nothing.
+
+        The sockets stay open until ``worker.close()``, which must come later: a socket that is closed while a loop
+        reads it goes on waking the loop.
+        """
+        self._closed = True
+        for entry in set(self._entries.values()):
+            if entry.protocol:
+                entry.protocol.close()
+        self._entries.clear()
+        for endpoint in self._endpoints:
+            endpoint.close()
+
+    def datagram_received(self, data: bytes | str, addr: Any) -> None:
+        """Take a datagram as if a listener of the worker's first address had read it."""
+        self._receive(self._endpoints[0], data if isinstance(data, bytes) else data.encode(), addr, True)
+
+    def learn(self, entry: _Entry, cid: bytes) -> None:
+        """Lead datagrams with a DCID to a connection."""
+        entry.cids.add(cid)
+        self._entries[cid] = entry
+
+    def retire(self, entry: _Entry, cid: bytes) -> None:
+        """Forget a retired connection ID, but not at once: datagrams that carry it may be on their way."""
+        entry.retired.append(cid)
+        if len(entry.retired) > RETIRED_MAX:
+            cid = entry.retired.popleft()
+            entry.cids.discard(cid)
+            self._entries.pop(cid, None)
+
+    def end_handshake(self, entry: _Entry) -> None:
+        """Count a handshake as no longer open."""
+        self._handshakes -= entry.handshaking
+        entry.handshaking = False
+
+    def forget(self, entry: _Entry) -> None:
+        """Forget a connection that is over."""
+        self.end_handshake(entry)
+        for cid in entry.cids:
+            self._entries.pop(cid, None)
+        entry.cids.clear()
+
+    def defers(self, entry: _Entry) -> bool:
+        """Tell whether a connection shall send later, and see to it that it does."""
+        if not entry.endpoint.reading or self._closed or entry.protocol is None:
+            entry.transmit_soon = False
+            return False
+        if not entry.transmit_soon:
+            entry.transmit_soon = True
+            self._call_soon(entry.protocol.transmit)
+        return True
+
+    def _receive(self, endpoint: Endpoint, data: bytes, address: SocketAddress, listener: bool) -> None:
+        header = read_header(data, self.worker.connection_ids.length)
+        if header is None:
+            return
+        entry = self._entries.get(header.dcid)
+        if entry is not None:
+            # A client keeps to the server's address, for want of a preferred one (RFC 9000, 9).
+            if entry.protocol and entry.endpoint is endpoint:
+                entry.protocol.datagram_received(data, address)
+        elif not header.long:
+            self._reset(endpoint, data, address, header)
+        elif len(data) >= SMALLEST_MAX_DATAGRAM_SIZE:  # less opens no connection (RFC 9000, 14.1 and 5.2.2)
+            self._receive_unknown(endpoint, data, address, header.dcid, listener and self._listening)
+
+    def _reset(self, endpoint: Endpoint, data: bytes, address: SocketAddress, header: Header) -> None:
+        """Tell a client of this worker that its connection is gone (RFC 9000, 10.3)."""
+        ids = self.worker.connection_ids
+        if ids.slot_of(header.dcid) != self.worker.slot:
+            return
+        answer = stateless_reset(len(data), ids.reset_token(header.dcid))
+        if answer is None or not self._reset_limit.allow(time.monotonic()):
+            self._counters.unanswered_resets += 1
+            return
+        self._counters.resets += 1
+        endpoint.sendto(answer, address)
+
+    def _receive_unknown(
+        self, endpoint: Endpoint, data: bytes, address: SocketAddress, dcid: bytes, listening: bool
+    ) -> None:
+        """Take a datagram with a long header that belongs to no connection."""
+        ours = self.worker.connection_ids.slot_of(dcid) is not None
+        if int.from_bytes(data[1:5], "big") not in self._versions:
+            if listening and not ours:
+                self._negotiate_version(endpoint, data, address, dcid)
+            return
+        try:
+            header = pull_quic_header(Buffer(data=data), host_cid_length=len(dcid))
+        except ValueError:
+            return
+        if header.packet_type != QuicPacketType.INITIAL:
+            return
+        if ours:
+            # A Retry brings its client to the worker that sent it, like any connection ID of ours. Without a token
+            # this is a stray of a connection that is gone: aioquic alone would open one more for it.
+            if header.token:
+                self._continue_after_retry(endpoint, data, address, header)
+        elif not listening:
+            return
+        elif self._retry_above is not None and self._handshakes > self._retry_above:
+            # A token that comes with another DCID is not from a Retry of this group, and counts as none (RFC 9000,
+            # 8.1.3): the NEW_TOKEN of another server must not end the attempt.
+            self._ask_to_retry(endpoint, address, header)
+        else:
+            self._open(endpoint, data, address, header.destination_cid)
+
+    def _negotiate_version(self, endpoint: Endpoint, data: bytes, address: SocketAddress, dcid: bytes) -> None:
+        """Name the versions that we speak; of the client's, only what RFC 8999, 5.1 says is known."""
+        start = LONG_DCID_OFFSET + len(dcid) + 1
+        scid = data[start : start + data[start - 1]]
+        if data[1:5] != _VERSION_NEGOTIATION:
+            endpoint.sendto(
+                encode_quic_version_negotiation(
+                    source_cid=dcid, destination_cid=scid, supported_versions=self._versions
+                ),
+                address,
+            )
+
+    def _ask_to_retry(self, endpoint: Endpoint, address: SocketAddress, header: QuicHeader) -> None:
+        """Ask a client to prove that the address is its own (RFC 9000, 8.1.2)."""
+        cid = self.worker.connection_ids.issue()
+        answer = encode_quic_retry(
+            version=header.version or 0,
+            source_cid=cid,
+            destination_cid=header.source_cid,
+            original_destination_cid=header.destination_cid,
+            retry_token=self._retry_tokens.create(address, header.destination_cid, cid, time.monotonic()),
+        )
+        self._counters.retries += 1
+        endpoint.sendto(answer, address)
+
+    def _continue_after_retry(
+        self, endpoint: Endpoint, data: bytes, address: SocketAddress, header: QuicHeader
+    ) -> None:
+        cid = header.destination_cid
+        original_dcid = self._retry_tokens.validate(header.token, address, cid, time.monotonic())
+        if original_dcid is not None:
+            self._open(endpoint, data, address, original_dcid, retry_scid=cid)
+            return
+        self._counters.invalid_tokens += 1
+        if _encode_invalid_token_close:  # RFC 9000, 8.1.3; releases before 1.6 have none, and silence is allowed too
+            answer = _encode_invalid_token_close(header.version, source_cid=cid, destination_cid=header.source_cid)
+            endpoint.sendto(answer, address)
+
+    def _open(
+        self,
+        endpoint: Endpoint,
+        data: bytes,
+        address: SocketAddress,
+        original_dcid: bytes,
+        retry_scid: bytes | None = None,
+    ) -> None:
+        entry = _Entry(self, endpoint)
+        try:
+            connection = self._new_connection(
+                entry, original_destination_connection_id=original_dcid, retry_source_connection_id=retry_scid
+            )
+            protocol = self._new_protocol(connection)
+            protocol.connection_made(endpoint)
+        except BaseException:
+            entry.handshaking = False
+            self.forget(entry)
+            raise
+        entry.protocol = protocol
+        self.learn(entry, retry_scid or original_dcid)
+        self._handshakes += 1
+        self._counters.connections += 1
+        protocol.datagram_received(data, address)
+
+
+async def serve(
+    worker: Worker,
+    *,
+    configuration: QuicConfiguration,
+    create_protocol: Callable[..., QuicConnectionProtocol] = QuicConnectionProtocol,
+    session_ticket_fetcher: SessionTicketFetcher | None = None,
+    session_ticket_handler: SessionTicketHandler | None = None,
+    retry: bool | int = False,
+    stream_handler: QuicStreamHandler | None = None,
+    listen: bool = True,
+) -> SteeredQuicServer:
+    """Start an aioquic server on the sockets of a worker; the arguments are those of ``aioquic.asyncio.serve``.
+
+    ``configuration.connection_id_length`` must be the group's. ``retry`` asks clients to prove their address first:
+    always (``True``), never, or, as a number, while more handshakes than that are open: an aioquic server is cheap to
+    flood with handshakes, and 50 is a good number. With ``listen=False`` new connections are taken only after
+    ``start_listening()``: for a reload, where the worker before this one must stop first.
+
+    End with ``server.close()``, then ``worker.close()``. A client of session resumption or 0-RTT may reach another
+    worker than before: the ticket callbacks must share their store.
+
+    Raises:
+        ValueError: the configuration does not fit the group, or ``retry`` is negative.
+    """
+    length = worker.connection_ids.length
+    if configuration.is_client:
+        raise ValueError("configuration.is_client is True: a server needs QuicConfiguration(is_client=False)")
+    if configuration.connection_id_length != length:
+        raise ValueError(
+            f"configuration.connection_id_length is {configuration.connection_id_length}, the group issues connection "
+            f"IDs of {length} bytes: set QuicConfiguration(connection_id_length={length}), or open the group with "
+            f"cid_length={configuration.connection_id_length}"
+        )
+    if retry < 0:
+        raise ValueError(f"retry is {retry}, it must be True, False or a number of handshakes from 0")
+    server = SteeredQuicServer(
+        worker,
+        configuration=configuration,
+        create_protocol=create_protocol,
+        session_ticket_fetcher=session_ticket_fetcher,
+        session_ticket_handler=session_ticket_handler,
+        retry=retry,
+        stream_handler=stream_handler,
+    )
+    server.start()
+    if listen:
+        server.start_listening()
+    return server
