@@ -18,8 +18,8 @@
 struct qs_config {
 	u64 key0, key1; /* the SipHash key, as little-endian integers */
 	u32 cid_length; /* QS_CID_LENGTH_MIN to QS_CID_LENGTH_MAX */
-	u32 listeners;	/* listener slots */
-	u32 slots;	/* all slots; the index after the last one is the sink */
+	u32 listeners;  /* listener slots */
+	u32 slots;      /* all slots; the index after the last one is the sink */
 	u32 drop_invalid;
 };
 

@@ -46,10 +46,10 @@ struct qs_result qs_read_counters(int counters, u32 slot, u64 sums[QS_OUTCOMES])
 struct qs_bpf_answers {
 	int bad_pointer;  /* an unknown command with a bad pointer: EFAULT when the call gets through */
 	int bad_command;  /* an unknown command with zeros: EINVAL when the call gets through */
-	int array;	  /* making an array map */
+	int array;        /* making an array map */
 	int socket_array; /* making a REUSEPORT_SOCKARRAY */
-	int program;	  /* loading the steering program */
-	int signal;	  /* the signal that ended the child, or 0 */
+	int program;      /* loading the steering program */
+	int signal;       /* the signal that ended the child, or 0 */
 };
 
 /*

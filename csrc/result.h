@@ -7,8 +7,8 @@
 #define QS_RESULT_H
 
 struct qs_result {
-	int value;	  /* what the call returned; -1 when it failed */
-	int error;	  /* errno, or 0 */
+	int value;        /* what the call returned; -1 when it failed */
+	int error;        /* errno, or 0 */
 	const char *call; /* which call failed, or NULL */
 };
 

@@ -8,14 +8,14 @@
 #include "result.h"
 #include "types.h"
 
-#define QS_FIRST_FD 3		      /* SD_LISTEN_FDS_START */
+#define QS_FIRST_FD 3                 /* SD_LISTEN_FDS_START */
 #define QS_KEEP_ID ((unsigned int)-1) /* leave the uid or gid as it is */
 
 struct qs_spawn {
-	const char *path;	  /* what to execute */
-	char *const *arguments;	  /* NULL-terminated */
+	const char *path;         /* what to execute */
+	char *const *arguments;   /* NULL-terminated */
 	char *const *environment; /* NULL-terminated; an entry "LISTEN_PID=" is filled in with the child's pid */
-	const int *descriptors;	  /* become 3, 4, ... in the child, without close-on-exec */
+	const int *descriptors;   /* become 3, 4, ... in the child, without close-on-exec */
 	u32 descriptor_count;
 	unsigned int uid, gid; /* or QS_KEEP_ID */
 };

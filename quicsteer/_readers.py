@@ -30,7 +30,7 @@ class Endpoint(asyncio.DatagramTransport):
     steering) it is read in batches of 16 and every datagram counts as one of a listener. The sockets belong to the
     caller, who closes the endpoint before them: epoll would go on watching a closed socket that another process holds.
 
-    An exception that ``receive`` raises goes to the loop's exception handler, and reading goes on.
+    What ``receive`` raises goes to the loop's exception handler, and reading goes on.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Endpoint(asyncio.DatagramTransport):
         if self._listener and self._loop.remove_reader(self._listener):
             self._read(self._listener, LAST_BATCH, True)
 
-    def sendto(self, data: Any, addr: SocketAddress | None = None) -> None:
+    def sendto(self, data: Any, addr: Any = None) -> None:
         """Send a datagram, or lose it when the kernel does not take it now."""
         if self._closed or addr is None:
             return
@@ -103,7 +103,11 @@ class Endpoint(asyncio.DatagramTransport):
                     return
                 except OSError:
                     continue  # an ICMP error about something sent earlier, which recv reports once
-                self._receive(self, bytes(self._buffer[:size]), address, listener)
+                try:
+                    self._receive(self, bytes(self._buffer[:size]), address, listener)
+                except Exception as error:  # noqa: BLE001  # the application's: one datagram must not cost the others
+                    context = {"message": "a datagram could not be handled", "exception": error, "transport": self}
+                    self._loop.call_exception_handler(context)
                 if self._closed:
                     return
         finally:

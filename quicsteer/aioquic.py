@@ -14,41 +14,37 @@ what steering asks for:
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+from ._aioquic import (
+    SMALLEST_MAX_DATAGRAM_SIZE,
+    Buffer,
+    ConnectionEnd,
+    Entry,
+    QuicConfiguration,
+    QuicConnectionProtocol,
+    QuicHeader,
+    QuicPacketType,
+    QuicServer,
+    QuicStreamHandler,
+    SessionTicketFetcher,
+    SessionTicketHandler,
+    SteeredConnection,
+    encode_invalid_token_close,
+    encode_quic_retry,
+    encode_quic_version_negotiation,
+    pull_quic_header,
+)
 from ._readers import Endpoint, SocketAddress
 from ._stateless import RateLimit, RetryTokens, stateless_reset
 from .abi import LONG_DCID_OFFSET
+from .cid import ConnectionIds
 from .invariants import Header, read_header
 from .worker import Worker
-
-try:
-    import aioquic
-    import aioquic.asyncio.server as aioquic_server
-    from aioquic.asyncio import QuicConnectionProtocol
-    from aioquic.asyncio.protocol import QuicStreamHandler
-    from aioquic.asyncio.server import QuicServer
-    from aioquic.buffer import Buffer
-    from aioquic.quic.configuration import SMALLEST_MAX_DATAGRAM_SIZE, QuicConfiguration
-    from aioquic.quic.connection import QuicConnection, QuicConnectionId
-    from aioquic.quic.events import ConnectionIdRetired, ConnectionTerminated, HandshakeCompleted, QuicEvent
-    from aioquic.quic.packet import (
-        QuicErrorCode,
-        QuicHeader,
-        QuicPacketType,
-        encode_quic_retry,
-        encode_quic_version_negotiation,
-        pull_quic_header,
-    )
-    from aioquic.tls import SessionTicketFetcher, SessionTicketHandler
-except ImportError as error:
-    raise ImportError(
-        f"quicsteer.aioquic needs aioquic 1.2 or later ({error}): pip install quicsteer[aioquic]", name=error.name
-    ) from error
 
 RESETS_PER_SECOND = 100.0
 """Stateless resets that a server sends at most."""
@@ -56,46 +52,7 @@ RESETS_PER_SECOND = 100.0
 RETIRED_MAX = 32
 """Retired connection IDs per connection that a server still knows, so that no straggler is answered with a reset."""
 
-PRIVATE_NAMES = (
-    (QuicConnection, "host_cid", "the connection ID that the server's packets show"),
-    (QuicConnection, "_host_cids", "all connection IDs of the server; the first one and its token are replaced"),
-    (QuicConnection, "_local_initial_source_connection_id", "the first connection ID as transport parameters say it"),
-    (QuicConnection, "_replenish_connection_ids", "makes all later connection IDs"),
-    (QuicConnection, "_close_event", "tells whether we or the peer ended a connection"),
-)
-"""Names of aioquic that it does not document, and what each is used for: aioquic has no hook for connection IDs."""
-
 _VERSION_NEGOTIATION = bytes(4)  # RFC 8999, 6
-_encode_invalid_token_close = getattr(aioquic_server, "_encode_invalid_token_close", None)
-
-
-def missing_names() -> list[str]:
-    """Return the names of ``PRIVATE_NAMES`` that this aioquic lacks."""
-    return [
-        f"{owner.__name__}.{name}"
-        for owner, name, _ in PRIVATE_NAMES
-        if not hasattr(owner, name) and name not in owner.__init__.__code__.co_names
-    ]
-
-
-if _missing := missing_names():
-    raise ImportError(
-        f"quicsteer.aioquic does not fit aioquic {aioquic.__version__}, which has no {', '.join(_missing)}: "
-        "pip install quicsteer[aioquic] takes a release that it was tested with",
-        name="aioquic",
-    )
-
-
-class ConnectionEnd(NamedTuple):
-    """How connections ended.
-
-    ``sender`` of the CONNECTION_CLOSE is ``"server"``, ``"client"`` or ``"nobody"`` (idle timeout). ``application``
-    tells application error codes from those of RFC 9000, 20.1.
-    """
-
-    sender: str
-    application: bool
-    code: int
 
 
 @dataclass
@@ -113,76 +70,6 @@ class ServerCounters:
     unanswered_resets: int = 0
     unsent: int = 0
     ends: Counter[ConnectionEnd] = field(default_factory=Counter)
-
-
-@dataclass(eq=False)
-class _Entry:
-    """What a server knows of a connection; ``cids`` are all DCIDs that lead to it."""
-
-    server: "SteeredQuicServer"
-    endpoint: Endpoint
-    protocol: QuicConnectionProtocol | None = None
-    cids: set[bytes] = field(default_factory=set)
-    retired: deque[bytes] = field(default_factory=deque)
-    handshaking: bool = True
-    transmit_soon: bool = False
-
-
-class _SteeredConnection(QuicConnection):
-    """A connection whose connection IDs name the worker, and which tells its server what becomes of them."""
-
-    def __init__(self, entry: _Entry, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.steering_entry = entry
-        self._ended_here: ConnectionTerminated | None = None
-        self._ended_silently: ConnectionTerminated | None = None
-        self._name_worker(self._host_cids[0])
-        self.host_cid = self._local_initial_source_connection_id = self._host_cids[0].cid
-
-    def _name_worker(self, connection_id: QuicConnectionId) -> None:
-        # A client may use a connection ID as soon as it has it: it is known before it is sent.
-        ids = self.steering_entry.server.worker.connection_ids
-        connection_id.cid = ids.issue()
-        connection_id.stateless_reset_token = ids.reset_token(connection_id.cid)
-        self.steering_entry.server.learn(self.steering_entry, connection_id.cid)
-
-    def _replenish_connection_ids(self) -> None:
-        first_new = len(self._host_cids)
-        super()._replenish_connection_ids()
-        for connection_id in self._host_cids[first_new:]:
-            self._name_worker(connection_id)
-
-    def datagrams_to_send(self, now: float) -> list[tuple[bytes, Any]]:
-        """Answer once after a batch of datagrams, not after each: building packets is what costs most."""
-        return [] if self.steering_entry.server.defers(self.steering_entry) else super().datagrams_to_send(now)
-
-    def next_event(self) -> QuicEvent | None:
-        event = super().next_event()
-        server, entry = self.steering_entry.server, self.steering_entry
-        if isinstance(event, ConnectionIdRetired):
-            server.retire(entry, event.connection_id)
-        elif isinstance(event, HandshakeCompleted):
-            server.end_handshake(entry)
-        elif isinstance(event, ConnectionTerminated):
-            senders = {id(self._ended_here): "server", id(self._ended_silently): "nobody"}
-            end = ConnectionEnd(senders.get(id(event), "client"), event.frame_type is None, int(event.error_code))
-            server.counters.ends[end] += 1
-            server.forget(entry)
-        return event
-
-    def close(
-        self, error_code: int = QuicErrorCode.NO_ERROR, frame_type: int | None = None, reason_phrase: str = ""
-    ) -> None:
-        ended = self._close_event
-        super().close(error_code, frame_type, reason_phrase)
-        if ended is None:
-            self._ended_here = self._close_event
-
-    def handle_timer(self, now: float) -> None:
-        ended = self._close_event
-        super().handle_timer(now)
-        if ended is None:
-            self._ended_silently = self._close_event
 
 
 class SteeredQuicServer(QuicServer):
@@ -211,14 +98,15 @@ class SteeredQuicServer(QuicServer):
             for established, listener in zip(worker.established, worker.listeners, strict=True)
         ]
         self._new_connection = partial(
-            _SteeredConnection,
+            SteeredConnection,
             configuration=configuration,
             session_ticket_fetcher=session_ticket_fetcher,
             session_ticket_handler=session_ticket_handler,
         )
         self._new_protocol = partial(create_protocol, stream_handler=stream_handler)
         self._versions = configuration.supported_versions
-        self._entries: dict[bytes, _Entry] = {}
+        self._entries: dict[bytes, Entry] = {}
+        self._connections: set[Entry] = set()
         self._handshakes = 0
         self._listening = False
         self._closed = False
@@ -234,6 +122,11 @@ class SteeredQuicServer(QuicServer):
         return self._counters
 
     @property
+    def connection_ids(self) -> ConnectionIds:
+        """Issues the connection IDs of the worker."""
+        return self.worker.connection_ids
+
+    @property
     def handshakes(self) -> int:
         """Handshakes that are open now."""
         return self._handshakes
@@ -241,7 +134,7 @@ class SteeredQuicServer(QuicServer):
     @property
     def connections(self) -> int:
         """Connections that are not over yet, with those in their handshake and those that are being closed."""
-        return len({id(entry) for entry in self._entries.values()})
+        return len(self._connections)
 
     def start(self) -> None:
         """Start to read the sockets for established connections."""
@@ -271,9 +164,10 @@ class SteeredQuicServer(QuicServer):
         reads it goes on waking the loop.
         """
         self._closed = True
-        for entry in set(self._entries.values()):
+        for entry in self._connections:
             if entry.protocol:
                 entry.protocol.close()
+        self._connections.clear()
         self._entries.clear()
         for endpoint in self._endpoints:
             endpoint.close()
@@ -282,12 +176,12 @@ class SteeredQuicServer(QuicServer):
         """Take a datagram as if a listener of the worker's first address had read it."""
         self._receive(self._endpoints[0], data if isinstance(data, bytes) else data.encode(), addr, True)
 
-    def learn(self, entry: _Entry, cid: bytes) -> None:
+    def learn(self, entry: Entry, cid: bytes) -> None:
         """Lead datagrams with a DCID to a connection."""
         entry.cids.add(cid)
         self._entries[cid] = entry
 
-    def retire(self, entry: _Entry, cid: bytes) -> None:
+    def retire(self, entry: Entry, cid: bytes) -> None:
         """Forget a retired connection ID, but not at once: datagrams that carry it may be on their way."""
         entry.retired.append(cid)
         if len(entry.retired) > RETIRED_MAX:
@@ -295,19 +189,22 @@ class SteeredQuicServer(QuicServer):
             entry.cids.discard(cid)
             self._entries.pop(cid, None)
 
-    def end_handshake(self, entry: _Entry) -> None:
+    def end_handshake(self, entry: Entry) -> None:
         """Count a handshake as no longer open."""
         self._handshakes -= entry.handshaking
         entry.handshaking = False
 
-    def forget(self, entry: _Entry) -> None:
-        """Forget a connection that is over."""
+    def forget(self, entry: Entry, end: ConnectionEnd | None = None) -> None:
+        """Forget a connection that is over: its own connection IDs, without a walk through all others."""
+        if end:
+            self._counters.ends[end] += 1
         self.end_handshake(entry)
         for cid in entry.cids:
             self._entries.pop(cid, None)
         entry.cids.clear()
+        self._connections.discard(entry)
 
-    def defers(self, entry: _Entry) -> bool:
+    def defers(self, entry: Entry) -> bool:
         """Tell whether a connection shall send later, and see to it that it does."""
         if not entry.endpoint.reading or self._closed or entry.protocol is None:
             entry.transmit_soon = False
@@ -318,7 +215,7 @@ class SteeredQuicServer(QuicServer):
         return True
 
     def _receive(self, endpoint: Endpoint, data: bytes, address: SocketAddress, listener: bool) -> None:
-        header = read_header(data, self.worker.connection_ids.length)
+        header = read_header(data, self.connection_ids.length)
         if header is None:
             return
         entry = self._entries.get(header.dcid)
@@ -333,7 +230,7 @@ class SteeredQuicServer(QuicServer):
 
     def _reset(self, endpoint: Endpoint, data: bytes, address: SocketAddress, header: Header) -> None:
         """Tell a client of this worker that its connection is gone (RFC 9000, 10.3)."""
-        ids = self.worker.connection_ids
+        ids = self.connection_ids
         if ids.slot_of(header.dcid) != self.worker.slot:
             return
         answer = stateless_reset(len(data), ids.reset_token(header.dcid))
@@ -347,7 +244,7 @@ class SteeredQuicServer(QuicServer):
         self, endpoint: Endpoint, data: bytes, address: SocketAddress, dcid: bytes, listening: bool
     ) -> None:
         """Take a datagram with a long header that belongs to no connection."""
-        ours = self.worker.connection_ids.slot_of(dcid) is not None
+        ours = self.connection_ids.slot_of(dcid) is not None
         if int.from_bytes(data[1:5], "big") not in self._versions:
             if listening and not ours:
                 self._negotiate_version(endpoint, data, address, dcid)
@@ -386,7 +283,7 @@ class SteeredQuicServer(QuicServer):
 
     def _ask_to_retry(self, endpoint: Endpoint, address: SocketAddress, header: QuicHeader) -> None:
         """Ask a client to prove that the address is its own (RFC 9000, 8.1.2)."""
-        cid = self.worker.connection_ids.issue()
+        cid = self.connection_ids.issue()
         answer = encode_quic_retry(
             version=header.version or 0,
             source_cid=cid,
@@ -406,8 +303,8 @@ class SteeredQuicServer(QuicServer):
             self._open(endpoint, data, address, original_dcid, retry_scid=cid)
             return
         self._counters.invalid_tokens += 1
-        if _encode_invalid_token_close:  # RFC 9000, 8.1.3; releases before 1.6 have none, and silence is allowed too
-            answer = _encode_invalid_token_close(header.version, source_cid=cid, destination_cid=header.source_cid)
+        if encode_invalid_token_close:  # RFC 9000, 8.1.3; releases before 1.6 have none, and silence is allowed too
+            answer = encode_invalid_token_close(header.version, source_cid=cid, destination_cid=header.source_cid)
             endpoint.sendto(answer, address)
 
     def _open(
@@ -418,7 +315,7 @@ class SteeredQuicServer(QuicServer):
         original_dcid: bytes,
         retry_scid: bytes | None = None,
     ) -> None:
-        entry = _Entry(self, endpoint)
+        entry = Entry(self, endpoint)
         try:
             connection = self._new_connection(
                 entry, original_destination_connection_id=original_dcid, retry_source_connection_id=retry_scid
@@ -426,12 +323,13 @@ class SteeredQuicServer(QuicServer):
             protocol = self._new_protocol(connection)
             protocol.connection_made(endpoint)
         except BaseException:
-            entry.handshaking = False
             self.forget(entry)
             raise
         entry.protocol = protocol
-        self.learn(entry, retry_scid or original_dcid)
+        entry.handshaking = True
         self._handshakes += 1
+        self._connections.add(entry)
+        self.learn(entry, retry_scid or original_dcid)
         self._counters.connections += 1
         protocol.datagram_received(data, address)
 

@@ -18,6 +18,7 @@ from .addresses import Address, BindAddress, format_address, resolve
 from .cid import Identity, generation_start
 from .counters import GroupStats, read_host
 from .errors import KernelError, QuicSteerError, ReceiveBufferWarning, SteeringFallbackWarning, SteeringUnavailable
+from .handover import Place, WorkerState
 from .modes import SteeringMode
 from .options import AUTO, Layout, Options, SocketOption, check_options, check_range, spread
 from .sockets import (
@@ -31,7 +32,7 @@ from .sockets import (
     read_slots,
 )
 from .steering import is_refusal
-from .worker import Place, Worker
+from .worker import Worker
 
 _logger = logging.getLogger("quicsteer")
 
@@ -134,10 +135,11 @@ class SteeringGroup:
         where = "closed" if self._closed else ", ".join(format_address(address) for address in self.addresses)
         return f"<SteeringGroup {where} mode={self._mode} workers={self._layout.workers}>"
 
-    def worker(self, index: int, bank: int = 0) -> Worker:
+    def worker(self, index: int, bank: int = 0, *, listeners: Iterable[int] | None = None) -> Worker:
         """Return a worker for a slot, and open its established slot if it is parked.
 
-        Ask for one more whenever a new process takes a slot over.
+        ``listeners`` are the listener slots that it reads: its own by default, those of workers that are not there
+        besides. Ask for one more worker whenever a new process takes a slot over.
 
         Raises:
             ValueError: no such worker or bank.
@@ -145,18 +147,21 @@ class SteeringGroup:
         """
         check_range("index", index, 0, self._layout.workers - 1)
         check_range("bank", bank, 0, self._layout.banks - 1)
+        listens_on = [index] if listeners is None else list(listeners)
+        for listener in listens_on:
+            check_range("listener", listener, 0, self._layout.workers - 1)
         with self._lock:
             self._check_open()
             slot = self._layout.established(index, bank)
             self._open_slot(slot)
-            worker = Worker(
+            state = WorkerState(
                 Place(index, bank, self._mode),
                 self.next_identity(slot),
                 self._options.keys,
-                listeners=[part.sockets[index] for part in self._parts],
-                established=[part.sockets[self._socket_of(slot)] for part in self._parts],
-                owner=self,
+                listeners=tuple(part.sockets[listener] for part in self._parts for listener in listens_on),
+                established=tuple(part.sockets[self._socket_of(slot)] for part in self._parts),
             )
+            worker = Worker(state, owner=self)
             self._handed_out.add(worker)
             return worker
 

@@ -2,17 +2,20 @@
 
 import contextlib
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 _SOCKET_LINK = "socket:["
-_UDP_TABLES = ("/proc/net/udp", "/proc/net/udp6")
+_UDP_TABLES = {socket.AF_INET: "/proc/net/udp", socket.AF_INET6: "/proc/net/udp6"}
 
 
 class Holder(NamedTuple):
-    """A UDP socket on a port: the uid that owns it, and where /proc allows, the process that has it open."""
+    """A UDP socket on a port: its host, the uid that owns it, and where /proc allows, a process that has it open."""
 
+    host: str
     uid: int
     inode: int
     pid: int | None = None
@@ -26,9 +29,9 @@ class Holder(NamedTuple):
 
 def holders(port: int) -> list[Holder]:
     """Return the UDP sockets of this network namespace on a port; empty when there are none or /proc is hidden."""
-    sockets = {inode: uid for local_port, uid, inode in _udp_sockets() if local_port == port}
-    owners = _owners(set(sockets)) if sockets else {}
-    return [Holder(uid, inode, *owners.get(inode, (None, None))) for inode, uid in sockets.items()]
+    sockets = [Holder(host, uid, inode) for host, local_port, uid, inode in _udp_sockets() if local_port == port]
+    owners = _owners({holder.inode for holder in sockets}) if sockets else {}
+    return [Holder(*holder[:3], *owners.get(holder.inode, (None, None))) for holder in sockets]
 
 
 def describe_holders(port: int) -> str:
@@ -36,16 +39,23 @@ def describe_holders(port: int) -> str:
     return ", ".join(dict.fromkeys(str(holder) for holder in holders(port)))
 
 
-def _udp_sockets() -> Iterator[tuple[int, int, int]]:
-    """Yield port, uid and inode of each UDP socket (columns of net/ipv4/udp.c, udp4_format_sock)."""
-    for table in _UDP_TABLES:
+def _udp_sockets() -> Iterator[tuple[str, int, int, int]]:
+    """Yield host, port, uid and inode of each UDP socket (columns of net/ipv4/udp.c, udp4_format_sock)."""
+    for family, table in _UDP_TABLES.items():
         try:
             lines = Path(table).read_text().splitlines()[1:]
         except OSError:
             continue
         for line in lines:
             fields = line.split()
-            yield int(fields[1].rpartition(":")[2], 16), int(fields[7]), int(fields[9])
+            host, _, port = fields[1].rpartition(":")
+            yield _read_host(family, host), int(port, 16), int(fields[7]), int(fields[9])
+
+
+def _read_host(family: int, text: str) -> str:
+    """Read an address that the kernel prints as 32-bit words in the byte order of the machine."""
+    words = (int(text[start : start + 8], 16) for start in range(0, len(text), 8))
+    return socket.inet_ntop(family, b"".join(word.to_bytes(4, sys.byteorder) for word in words))
 
 
 def _owners(inodes: set[int]) -> dict[int, tuple[int, str]]:
@@ -54,7 +64,7 @@ def _owners(inodes: set[int]) -> dict[int, tuple[int, str]]:
     for directory in Path("/proc").glob("[0-9]*"):
         for inode in inodes & _open_sockets(directory / "fd"):
             with contextlib.suppress(OSError):  # it ended
-                found.setdefault(inode, (int(directory.name), (directory / "comm").read_text().strip()))
+                found.setdefault(inode, (int(directory.name), _read_name(directory / "comm")))
     return found
 
 
@@ -71,3 +81,9 @@ def _open_sockets(descriptors: Path) -> set[int]:
             if target.startswith(_SOCKET_LINK):
                 inodes.add(int(target[len(_SOCKET_LINK) : -1]))
     return inodes
+
+
+def _read_name(comm: Path) -> str:
+    """Read what a process calls itself: any bytes, which must not reach a terminal as they are."""
+    text = comm.read_bytes().decode(errors="replace").rstrip("\n")
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -7,19 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from quicsteer.capability import (
-    Host,
-    Probe,
-    detect,
-    explain_bpf,
-    explain_receive_buffer,
-    explain_socket,
-    probe_jit,
-    read_host,
-    refusal,
-)
+from quicsteer.capability import detect, probe_jit, read_host, refusal
 from quicsteer.errors import KernelError
 from quicsteer.modes import SteeringMode
+from quicsteer.triage import Host, Probe, explain_bpf, explain_receive_buffer, explain_socket
 
 CAP_BPF = 1 << 39
 CAP_SYS_ADMIN = 1 << 21
@@ -252,7 +243,9 @@ def test_a_hidden_proc_is_admitted(given: dict[str, int], detail: str) -> None:
     ],
 )
 def test_what_works_needs_no_explanation(on: Host) -> None:
-    assert explain_bpf(answers(), on) == Probe("eBPF steering", True, "the program loads, with its maps")
+    assert explain_bpf(answers(), on) == Probe(
+        "eBPF steering", True, "the program loads, with its maps", mode=SteeringMode.EBPF
+    )
 
 
 def test_an_active_filter_is_mentioned_where_either_may_refuse() -> None:
@@ -311,7 +304,7 @@ def test_nobody_is_told_to_make_an_interpreter_root() -> None:
     ],
 )
 def test_a_refused_socket_call_names_its_cause(number: int, ok: bool | None, detail: str, remedy: str) -> None:
-    probe = explain_socket("classic BPF steering", number, "setsockopt(SO_ATTACH_REUSEPORT_CBPF)")
+    probe = explain_socket(SteeringMode.CBPF, number, "setsockopt(SO_ATTACH_REUSEPORT_CBPF)")
     assert probe.ok is ok
     assert probe.detail.startswith("setsockopt(SO_ATTACH_REUSEPORT_CBPF): ")
     assert_explained(probe, detail, remedy)
