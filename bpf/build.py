@@ -111,14 +111,13 @@ def read_object(path: Path) -> Program:
 
     with path.open("rb") as file:
         elf = ELFFile(file)
-        names = {section.name for section in elf.iter_sections()}
-        for name in sorted(names & {".data", ".bss", ".text"}):
-            if elf.get_section_by_name(name).data_size:
+        sections = {section.name: section for section in elf.iter_sections()}
+        for name in (".data", ".bss", ".text"):
+            if name in sections and sections[name].data_size:
                 raise Unloadable(f"section {name}: the loader knows one program, its maps and .rodata")
-        rodata = elf.get_section_by_name(".rodata")
         maps = read_maps(path)
-        maps.append(Map("config", MAP_TYPE_ARRAY, 4, rodata.data_size, 1, CONFIG_FLAGS))
-        code = elf.get_section_by_name(PROGRAM_SECTION).data()
+        maps.append(Map("config", MAP_TYPE_ARRAY, 4, sections[".rodata"].data_size, 1, CONFIG_FLAGS))
+        code = sections[PROGRAM_SECTION].data()
         instructions = [code[i : i + INSTRUCTION_LENGTH] for i in range(0, len(code), INSTRUCTION_LENGTH)]
         relocations = read_relocations(elf, instructions, [entry.name for entry in maps])
     for index, instruction in enumerate(instructions):

@@ -15,7 +15,11 @@
 
 #define UDP_HEADER_LENGTH 8 /* the program sees the UDP header before the payload */
 
-/* Written before loading and frozen, so the verifier knows its values and drops the branches they exclude. */
+/*
+ * Written before loading and frozen, so the verifier knows its values and drops the branches they exclude. Volatile:
+ * the compiler must not know them. Each is read where it is used and never copied: loaded without CAP_PERFMON, a
+ * program gets a speculation barrier behind each first write to a word of the stack.
+ */
 const volatile struct qs_config config = {
 	.cid_length = QS_CID_LENGTH_DEFAULT,
 	.listeners = 1,
@@ -70,9 +74,9 @@ QS_INLINE u32 choose(const struct sk_reuseport_md *md, const struct qs_decision 
 	return listener(decision->hash);
 }
 
-QS_INLINE void count(u32 slot, u32 outcome)
+QS_INLINE void count(const u32 *slot, u32 outcome)
 {
-	struct counts *counts = bpf_map_lookup_elem(&counters, &slot);
+	struct counts *counts = bpf_map_lookup_elem(&counters, slot);
 
 	if (!counts)
 		return;
@@ -92,15 +96,14 @@ int steer(struct sk_reuseport_md *md)
 	const u8 *payload = (const u8 *)md->data + UDP_HEADER_LENGTH;
 	const u8 *end = md->data_end;
 	const u32 length = md->len - UDP_HEADER_LENGTH;
-	const struct qs_config rules = config; /* a volatile read: the compiler must not know the values */
-	u8 copy[QS_HEAD_LENGTH] = {0};
 	struct qs_decision decision;
 	u32 slot;
 
 	if (payload + QS_HEAD_LENGTH <= end) {
-		decision = qs_decide(&rules, payload, length);
+		decision = qs_decide(&config, payload, length);
 	} else {
 		/* A short datagram, or one whose payload is in pages or fragments (GSO trains, large datagrams). */
+		u8 copy[QS_HEAD_LENGTH] = {0};
 		u32 last = length - 1;
 
 		if (length) {
@@ -109,11 +112,11 @@ int steer(struct sk_reuseport_md *md)
 				last = QS_HEAD_LENGTH - 1;
 			bpf_skb_load_bytes(md, UDP_HEADER_LENGTH, copy, last + 1);
 		}
-		decision = qs_decide(&rules, copy, length);
+		decision = qs_decide(&config, copy, length);
 	}
 
 	slot = choose(md, &decision);
-	count(slot, decision.outcome);
+	count(&slot, decision.outcome);
 	if (bpf_sk_select_reuseport(md, &sockets, &slot, 0)) {
 		/* Only while the group opens: its first member is there before the map is filled. */
 		slot = 0;

@@ -115,7 +115,8 @@ QS_INLINE struct qs_cid qs_read_cid(const u8 *cid, u32 length)
 	}
 }
 
-QS_INLINE struct qs_decision qs_decide(const struct qs_config *config, const u8 *head, u32 length)
+/* `config` is volatile for the sake of the eBPF program (bpf/steer.bpf.c). */
+QS_INLINE struct qs_decision qs_decide(const volatile struct qs_config *config, const u8 *head, u32 length)
 {
 	const struct qs_decision malformed = {QS_MALFORMED, QS_NO_SLOT, 0};
 	struct qs_decision decision = malformed;

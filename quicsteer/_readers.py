@@ -8,7 +8,7 @@ half of the turns, and overflows. They also change what other processes see of a
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 ESTABLISHED_BATCH = 16
@@ -26,9 +26,10 @@ Receive = Callable[["Endpoint", bytes, SocketAddress, bool], None]
 class Endpoint(asyncio.DatagramTransport):
     """One address of a worker, as a transport: all that is sent leaves through the socket for established connections.
 
-    ``listener`` is the socket for new connections; where it is the same socket (the plain form, and modes without
-    steering) it is read in batches of 16 and every datagram counts as one of a listener. The sockets belong to the
-    caller, who closes the endpoint before them: epoll would go on watching a closed socket that another process holds.
+    ``listeners`` are the sockets for new connections. Where ``established`` is one of them (the plain form, and modes
+    without steering) it is read in batches of 16, once listening starts, and all its datagrams count as a listener's.
+    The sockets belong to the caller, who closes the endpoint before them: epoll would go on watching a closed socket
+    that another process holds.
 
     What ``receive`` raises goes to the loop's exception handler, and reading goes on.
     """
@@ -36,13 +37,14 @@ class Endpoint(asyncio.DatagramTransport):
     def __init__(
         self,
         established: socket.socket,
-        listener: socket.socket,
+        listeners: Sequence[socket.socket],
         receive: Receive,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         super().__init__({"socket": established, "sockname": established.getsockname(), "peername": None})
         self._established = established
-        self._listener = None if listener is established else listener
+        self._listens = established in listeners
+        self._listeners = [sock for sock in listeners if sock is not established]
         self._receive = receive
         self._loop = loop
         self._buffer = memoryview(bytearray(_DATAGRAM_MAX))
@@ -53,23 +55,25 @@ class Endpoint(asyncio.DatagramTransport):
         """Datagrams that the kernel did not take, mostly because the send buffer was full; lost, as UDP may."""
 
     def start(self) -> None:
-        """Start to read the socket for established connections."""
-        self._loop.add_reader(
-            self._established, self._read, self._established, ESTABLISHED_BATCH, self._listener is None
-        )
+        """Start to read the socket for established connections, unless it is a listener too."""
+        if not self._listens:
+            self._loop.add_reader(self._established, self._read, self._established, ESTABLISHED_BATCH, False)
 
-    def start_listener(self) -> None:
-        """Start to read the listener, where it is a socket of its own."""
-        if self._listener and not self._closed:
-            self._loop.add_reader(self._listener, self._read, self._listener, LISTENER_BATCH, True)
+    def start_listening(self) -> None:
+        """Start to read the listeners."""
+        if self._listens:
+            self._loop.add_reader(self._established, self._read, self._established, ESTABLISHED_BATCH, True)
+        for sock in self._listeners:
+            self._loop.add_reader(sock, self._read, sock, LISTENER_BATCH, True)
 
-    def stop_listener(self) -> None:
-        """Stop to read the listener, after a last batch of up to 64 datagrams.
+    def stop_listening(self) -> None:
+        """Stop to read the listeners, after a last batch of up to 64 datagrams; go on with established connections.
 
-        What arrived before it stopped is served here; the next reader finds an empty queue.
+        What arrived before is served here; the next reader finds an empty queue.
         """
-        if self._listener and self._loop.remove_reader(self._listener):
-            self._read(self._listener, LAST_BATCH, True)
+        for sock in self._listeners:
+            if self._loop.remove_reader(sock):
+                self._read(sock, LAST_BATCH, True)
 
     def sendto(self, data: Any, addr: Any = None) -> None:
         """Send a datagram, or lose it when the kernel does not take it now."""
@@ -84,7 +88,7 @@ class Endpoint(asyncio.DatagramTransport):
         """Stop reading and sending; the sockets stay open. Closing twice does nothing."""
         if not self._closed:
             self._closed = True
-            for sock in filter(None, (self._established, self._listener)):
+            for sock in (self._established, *self._listeners):
                 self._loop.remove_reader(sock)
 
     def abort(self) -> None:

@@ -13,6 +13,7 @@ what steering asks for:
 """
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from ._aioquic import (
 )
 from ._readers import Endpoint, SocketAddress
 from ._stateless import RateLimit, RetryTokens, stateless_reset
+from ._supervision import Supervision
 from .abi import LONG_DCID_OFFSET
 from .cid import ConnectionIds
 from .invariants import Header, read_header
@@ -51,6 +53,11 @@ RESETS_PER_SECOND = 100.0
 
 RETIRED_MAX = 32
 """Retired connection IDs per connection that a server still knows, so that no straggler is answered with a reset."""
+
+HANDSHAKE_SECONDS = 10.0
+"""How long a server that ends waits for handshakes to be completed."""
+
+__all__ = ["ConnectionEnd", "ServerCounters", "SteeredQuicServer", "serve"]
 
 _VERSION_NEGOTIATION = bytes(4)  # RFC 8999, 6
 
@@ -93,9 +100,10 @@ class SteeredQuicServer(QuicServer):
         loop = asyncio.get_running_loop()
         self.worker = worker
         self._counters = ServerCounters()
+        count = len(worker.listeners) // len(worker.established)  # of listeners per address
         self._endpoints = [
-            Endpoint(established, listener, self._receive, loop)
-            for established, listener in zip(worker.established, worker.listeners, strict=True)
+            Endpoint(sock, worker.listeners[number * count : (number + 1) * count], self._receive, loop)
+            for number, sock in enumerate(worker.established)
         ]
         self._new_connection = partial(
             SteeredConnection,
@@ -109,7 +117,9 @@ class SteeredQuicServer(QuicServer):
         self._connections: set[Entry] = set()
         self._handshakes = 0
         self._listening = False
-        self._closed = False
+        self._closed = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._supervision = Supervision(worker.channel, self) if worker.channel else None
         self._call_soon = loop.call_soon
         self._retry_above = {True: -1, False: None}[retry] if isinstance(retry, bool) else retry
         self._retry_tokens = RetryTokens(worker.token_secret)
@@ -137,15 +147,18 @@ class SteeredQuicServer(QuicServer):
         return len(self._connections)
 
     def start(self) -> None:
-        """Start to read the sockets for established connections."""
+        """Start to read the sockets for established connections, and to follow the supervisor, if there is one."""
         for endpoint in self._endpoints:
             endpoint.start()
+        if self._supervision:
+            self._supervision.start()
+            self.worker.ready()
 
     def start_listening(self) -> None:
         """Take new connections."""
         self._listening = True
         for endpoint in self._endpoints:
-            endpoint.start_listener()
+            endpoint.start_listening()
 
     def stop_listening(self) -> None:
         """Take no new connections; those that exist, and clients that come back with a Retry token, are served.
@@ -154,8 +167,30 @@ class SteeredQuicServer(QuicServer):
         served first. Let the next worker start its listeners only after this one has stopped them.
         """
         for endpoint in self._endpoints:
-            endpoint.stop_listener()
+            endpoint.stop_listening()
         self._listening = False
+
+    async def drain(self, seconds: float) -> None:
+        """Serve until no connection is left, but no longer than ``seconds``; close then.
+
+        Handshakes that are not complete after 10 seconds are not waited for: most are nobody's.
+        """
+        start = time.monotonic()
+        await self._wait_until(lambda: not self._connections, start + min(seconds, HANDSHAKE_SECONDS))
+        await self._wait_until(lambda: len(self._connections) == self._handshakes, start + seconds)
+        self.close()
+
+    async def _wait_until(self, done: Callable[[], bool], deadline: float) -> None:
+        """Wait while connections end, until enough have or the deadline is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline - time.monotonic()):
+                while not done():
+                    self._ended.clear()
+                    await self._ended.wait()
+
+    async def wait_closed(self) -> None:
+        """Wait until the server is closed, by ``close()``, ``drain()`` or its supervisor; then close the worker."""
+        await self._closed.wait()
 
     def close(self) -> None:
         """Close any ongoing connections, and stop reading; closing twice does nothing.
@@ -163,7 +198,9 @@ class SteeredQuicServer(QuicServer):
         The sockets stay open until ``worker.close()``, which must come later: a socket that is closed while a loop
         reads it goes on waking the loop.
         """
-        self._closed = True
+        self._closed.set()
+        if self._supervision:
+            self._supervision.stop()
         for entry in self._connections:
             if entry.protocol:
                 entry.protocol.close()
@@ -203,10 +240,11 @@ class SteeredQuicServer(QuicServer):
             self._entries.pop(cid, None)
         entry.cids.clear()
         self._connections.discard(entry)
+        self._ended.set()
 
     def defers(self, entry: Entry) -> bool:
         """Tell whether a connection shall send later, and see to it that it does."""
-        if not entry.endpoint.reading or self._closed or entry.protocol is None:
+        if not entry.endpoint.reading or self._closed.is_set() or entry.protocol is None:
             entry.transmit_soon = False
             return False
         if not entry.transmit_soon:
@@ -350,7 +388,8 @@ async def serve(
     ``configuration.connection_id_length`` must be the group's. ``retry`` asks clients to prove their address first:
     always (``True``), never, or, as a number, while more handshakes than that are open: an aioquic server is cheap to
     flood with handshakes, and 50 is a good number. With ``listen=False`` new connections are taken only after
-    ``start_listening()``: for a reload, where the worker before this one must stop first.
+    ``start_listening()``: for a reload, where the worker before this one must stop first. Under a supervisor the
+    server listens when the supervisor says so, and ends when it says so: ``await server.wait_closed()``.
 
     End with ``server.close()``, then ``worker.close()``. A client of session resumption or 0-RTT may reach another
     worker than before: the ticket callbacks must share their store.
@@ -379,6 +418,6 @@ async def serve(
         stream_handler=stream_handler,
     )
     server.start()
-    if listen:
+    if listen and not worker.channel:
         server.start_listening()
     return server

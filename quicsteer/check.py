@@ -26,7 +26,10 @@ _WILDCARDS = ("0.0.0.0", "::")
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. ``mode`` is the first mode that works, ``kernel`` the release of the kernel."""
+    """What was found.
+
+    ``mode`` is the first mode that the host allows and no proof refutes, ``kernel`` the release of the kernel.
+    """
 
     version: str
     kernel: str
@@ -71,10 +74,13 @@ def run_checks(bind: Address | Iterable[Address] | None = None, system: str = sy
         ValueError, TypeError: ``bind`` is no address.
     """
     addresses = resolve(bind) if bind is not None else []
-    probes = [_prove(probe) for probe in detect(system).probes]
+    allowed = detect(system)
+    probes = [_prove(probe) for probe in allowed.probes]
+    works = {
+        after.mode for before, after in zip(allowed.probes, probes, strict=True) if before.ok and after.ok is not False
+    }
+    mode = next((mode for mode in SteeringMode if mode in works), SteeringMode.SINGLE)
     probes += [*probe_hash_seed(os.environ), *(probe_address(address) for address in addresses)]
-    working = {probe.mode for probe in probes if probe.ok}
-    mode = next((mode for mode in SteeringMode if mode in working), SteeringMode.SINGLE)
     return Report(package_version(), platform.release(), mode, tuple(probes))
 
 

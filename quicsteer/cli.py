@@ -176,9 +176,12 @@ def status_word(probe: Probe) -> str:
 def summarize(report: Report, required: SteeringMode | None = None) -> str:
     """Return the closing sentence."""
     text = f"Mode: {report.mode}. {_MEANINGS[report.mode]}"
+    found = report.probe(report.mode)
+    if found and found.ok is None:
+        text += " This could not be proven."
     probe = report.probe(required) if required else None
     if probe and not probe.ok:
-        verdict = "could not be tried" if probe.ok is None else "does not work here"
+        verdict = "may or may not work here" if probe.ok is None else "does not work here"
         text += f" The required mode {required} {verdict}."
     return text
 
@@ -200,7 +203,29 @@ def _demo() -> ModuleType:
     return importlib.import_module(f"{__package__}.demo")
 
 
+def _late(module: str, function: str) -> Callable[..., Any]:
+    """Return a function of a module that is only loaded when it is called."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"{__package__}.{module}"), function)(*arguments)
+
+    return call
+
+
 COMMANDS = (
     Command("check", "tell how this host can steer, and prove it", _add_check_arguments, _check),
     Command("demo", "show with QUIC over loopback what steering is worth", _add_demo_arguments, _run_demo),
+    Command("run", "run a server as steered workers", _late("run", "add_arguments"), _late("run", "run")),
+    Command(
+        "reload",
+        "replace the workers of a running service without losing a connection",
+        _late("run", "add_reload_arguments"),
+        _late("run", "reload"),
+    ),
+    Command(
+        "dispatch",
+        "share new connections out by weight",
+        _late("run", "add_dispatch_arguments"),
+        _late("run", "dispatch"),
+    ),
 )

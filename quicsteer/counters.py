@@ -94,22 +94,22 @@ class GroupStats:
         }
 
 
+@dataclass
 class DropCounter:
     """Extends a socket's 32-bit drop counter, and tells drops on an open slot from what a filter swallowed.
 
     It must be read at least once in 2^32 drops.
     """
 
-    def __init__(self) -> None:
-        self.parked = True
-        self.dropped = 0
-        self.swallowed = 0
-        self._last = 0
+    parked: bool = True
+    dropped: int = 0
+    swallowed: int = 0
+    last: int = 0
 
     def update(self, raw: int) -> None:
         """Take over a new reading of the socket's counter."""
-        new = (raw - self._last) % _DROPS_MODULUS
-        self._last = raw
+        new = (raw - self.last) % _DROPS_MODULUS
+        self.last = raw
         if self.parked:
             self.swallowed += new
         else:

@@ -10,13 +10,15 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from types import TracebackType
+from typing import Any
 
 from . import capability
 from .abi import CID_LENGTH_DEFAULT, TABLE_SIZE
 from .addresses import Address, BindAddress, format_address, resolve
 from .cid import Identity, generation_start
-from .counters import GroupStats, read_host
+from .counters import GroupStats, HostStats, read_host
 from .errors import KernelError, QuicSteerError, ReceiveBufferWarning, SteeringFallbackWarning, SteeringUnavailable
 from .handover import Place, WorkerState
 from .modes import SteeringMode
@@ -27,6 +29,7 @@ from .sockets import (
     open_all,
     open_slot,
     park_slot,
+    queued_bytes,
     read_sink_outcomes,
     read_sinks,
     read_slots,
@@ -44,7 +47,10 @@ class SteeringGroup:
     every socket, so a worker that dies takes no queued datagram with it. Methods may be called from any thread.
     """
 
-    def __init__(self, options: Options, parts: list[AddressSockets], fallback: str | None) -> None:
+    def __init__(
+        self, options: Options, parts: list[AddressSockets], fallback: str | None, past: dict[str, Any] | None = None
+    ) -> None:
+        slots = range(options.layout.slots)
         self.pid = os.getpid()
         self._options = options
         self._parts = parts
@@ -53,12 +59,16 @@ class SteeringGroup:
         self._lock = threading.RLock()
         self._closed = False
         self._handed_out: weakref.WeakSet[Worker] = weakref.WeakSet()
-        self._host = read_host()
-        self._first_counts = [int.from_bytes(secrets.token_bytes(4), "big") for _ in range(options.layout.slots)]
-        self._generations = [0] * options.layout.slots
-        for slot in range(self._layout.workers):
-            self._open_slot(slot)
-        self._workers = tuple(self.worker(index) for index in range(self._layout.workers))
+        if past is None:
+            self._host = read_host()
+            self._first_counts = [int.from_bytes(secrets.token_bytes(4), "big") for _ in slots]
+            self._generations = [0 for _ in slots]
+            for slot in {*range(self._layout.workers), *self._layout.bank(0)}:
+                self._open_slot(slot)
+        else:
+            self._host = HostStats(**past["host"]) if past["host"] else None
+            self._first_counts, self._generations = past["first_counts"], past["generations"]
+        self._workers = tuple(self._make_worker(index, 0, [index]) for index in range(self._layout.workers))
 
     @classmethod
     def open(
@@ -131,6 +141,11 @@ class SteeringGroup:
         """The workers of bank 0, whose slots are open from the start."""
         return self._workers
 
+    @property
+    def banks(self) -> int:
+        """Generations of workers that can live at once: 1 in the plain form."""
+        return self._layout.banks
+
     def __repr__(self) -> str:
         where = "closed" if self._closed else ", ".join(format_address(address) for address in self.addresses)
         return f"<SteeringGroup {where} mode={self._mode} workers={self._layout.workers}>"
@@ -152,18 +167,8 @@ class SteeringGroup:
             check_range("listener", listener, 0, self._layout.workers - 1)
         with self._lock:
             self._check_open()
-            slot = self._layout.established(index, bank)
-            self._open_slot(slot)
-            state = WorkerState(
-                Place(index, bank, self._mode),
-                self.next_identity(slot),
-                self._options.keys,
-                listeners=tuple(part.sockets[listener] for part in self._parts for listener in listens_on),
-                established=tuple(part.sockets[self._socket_of(slot)] for part in self._parts),
-            )
-            worker = Worker(state, owner=self)
-            self._handed_out.add(worker)
-            return worker
+            self._open_slot(self._layout.established(index, bank))
+            return self._make_worker(index, bank, listens_on)
 
     def park(self, bank: int) -> None:
         """Close the established slots of a bank to datagrams and empty them. A parked bank is silent.
@@ -230,6 +235,13 @@ class SteeringGroup:
                 sink_outcomes=read_sink_outcomes(self._parts),
             )
 
+    def queued(self, index: int, bank: int, listeners: Iterable[int]) -> int:
+        """Return the bytes that wait in the sockets of a worker, in the kernel's accounting."""
+        with self._lock:
+            self._check_open()
+            numbers = {*listeners, self._socket_of(self._layout.established(index, bank))}
+            return sum(queued_bytes(part.sockets[number]) for part in self._parts for number in numbers)
+
     def close(self) -> None:
         """Close every socket and the program, and what workers took in this process. Closing twice does nothing.
 
@@ -262,6 +274,47 @@ class SteeringGroup:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _make_worker(self, index: int, bank: int, listeners: list[int]) -> Worker:
+        slot = self._layout.established(index, bank)
+        state = WorkerState(
+            Place(index, bank, self._mode),
+            self.next_identity(slot),
+            self._options.keys,
+            listeners=tuple(part.sockets[listener] for part in self._parts for listener in listeners),
+            established=tuple(part.sockets[self._socket_of(slot)] for part in self._parts),
+        )
+        worker = Worker(state, owner=self)
+        self._handed_out.add(worker)
+        return worker
+
+    def dump(self) -> tuple[dict[str, Any], list[int]]:
+        """Return what ``adopt()`` needs to go on with this group in another program, and the descriptors to keep.
+
+        It holds the group's key.
+        """
+        with self._lock:
+            self._check_open()
+            state = {
+                "options": self._options.dump(),
+                "mode": str(self._mode),
+                "fallback": self._fallback,
+                "parts": [part.dump() for part in self._parts],
+                "past": {
+                    "host": asdict(self._host) if self._host else None,
+                    "first_counts": self._first_counts,
+                    "generations": self._generations,
+                },
+            }
+            return state, [descriptor for part in self._parts for descriptor in part.descriptors()]
+
+    @classmethod
+    def adopt(cls, state: dict[str, Any]) -> "SteeringGroup":
+        """Go on with a group whose descriptors this process has kept over an execve, as ``dump()`` described it."""
+        options = Options.load(state["options"])
+        mode = SteeringMode(state["mode"])
+        parts = [AddressSockets.adopt(mode, options.rules(), part) for part in state["parts"]]
+        return cls(options, parts, state["fallback"], state["past"])
 
     @property
     def _layout(self) -> Layout:

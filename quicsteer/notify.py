@@ -41,6 +41,6 @@ class ServiceManager:
     def _send(self, *lines: str) -> None:
         if not self._address:
             return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            with contextlib.suppress(OSError):  # it went away; the service goes on
-                sock.sendto("\n".join(lines).encode(), self._address)
+        # It may have gone away; the service goes on.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.sendto("\n".join(lines).encode(), self._address)

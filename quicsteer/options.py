@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .abi import CID_LENGTH_MAX, CID_LENGTH_MIN, KEY_LENGTH, SLOTS_MAX, TABLE_SIZE
 from .cid import GroupKeys
@@ -47,6 +47,21 @@ class Options(NamedTuple):
     drop_invalid: bool
     receive_buffer: int | None
     socket_options: tuple[SocketOption, ...]
+
+    def dump(self) -> dict[str, Any]:
+        """Return the options as plain types; the group's key is among them."""
+        return {
+            "layout": list(self.layout),
+            "cid_length": self.cid_length,
+            "key": self.keys.steering.hex(),
+            "drop_invalid": self.drop_invalid,
+        }
+
+    @classmethod
+    def load(cls, saved: dict[str, Any]) -> "Options":
+        """Return the options of a group that is open already, from ``dump()``."""
+        keys = GroupKeys.from_key(bytes.fromhex(saved["key"]))
+        return cls(Layout(*saved["layout"]), None, saved["cid_length"], keys, saved["drop_invalid"], None, ())
 
     def rules(self) -> Rules:
         return Rules(self.keys.steering, self.cid_length, self.layout.workers, self.layout.slots, self.drop_invalid)

@@ -63,7 +63,7 @@ def prove(mode: SteeringMode) -> Probe:
     """Open throw-away groups on the loopback addresses and see where some 200 datagrams for each arrive."""
     families = [family for family in _LOOPBACKS if _has_loopback(family)]
     if not families:
-        detail = "cannot be proven: neither 127.0.0.1 nor ::1 can be bound"
+        detail = "cannot be proven: neither 127.0.0.1 nor ::1 can be reached"
         return Probe(_NAMES[mode], None, detail, "shell: ip link set lo up", mode=mode)
     tally = Tally()
     try:
@@ -91,10 +91,12 @@ def judge(mode: SteeringMode, families: Sequence[str], tally: Tally) -> Probe:
 
 
 def _has_loopback(family: str) -> bool:
+    """Whether a loopback address can be bound and reached: binding succeeds on an interface that is down, too."""
     number, host = _LOOPBACKS[family]
     try:
         with socket.socket(number, socket.SOCK_DGRAM) as sock:
             sock.bind((host, 0))
+            sock.connect(sock.getsockname())
     except OSError:
         return False
     return True

@@ -15,6 +15,7 @@ from . import _kernel
 from .abi import Outcome
 from .addresses import BindAddress, format_address
 from .counters import DropCounter, SlotStats, read_slot
+from .decision import Rules
 from .errors import KernelError
 from .modes import SteeringMode
 from .options import Options
@@ -41,12 +42,44 @@ class AddressSockets:
         host, port = self.sockets[0].getsockname()[:2]
         return host, port
 
+    def descriptors(self) -> list[int]:
+        """Return all descriptors that the address needs."""
+        sockets = [*self.sockets, *([self.sink] if self.sink else [])]
+        return [sock.fileno() for sock in sockets] + self.steering.descriptors
+
+    def dump(self) -> dict[str, Any]:
+        """Return what ``adopt()`` needs in another program that keeps the descriptors."""
+        return {
+            "sockets": [sock.fileno() for sock in self.sockets],
+            "sink": self.sink.fileno() if self.sink else None,
+            "steering": self.steering.descriptors,
+            "counters": [vars(counter) for counter in self.counters],
+            "sink_counter": vars(self.sink_counter),
+        }
+
+    @classmethod
+    def adopt(cls, mode: SteeringMode, rules: Rules, saved: dict[str, Any]) -> "AddressSockets":
+        """Go on with sockets and programs that this process has kept over an execve."""
+        part = cls(make_steering(mode, rules, saved["steering"]))
+        part.sockets = [_adopt_socket(number) for number in saved["sockets"]]
+        part.sink = None if saved["sink"] is None else _adopt_socket(saved["sink"])
+        part.counters = [DropCounter(**counter) for counter in saved["counters"]]
+        part.sink_counter = DropCounter(**saved["sink_counter"])
+        return part
+
     def close(self) -> None:
         for sock in self.sockets:
             sock.close()
         if self.sink:
             self.sink.close()
         self.steering.close()
+
+
+def _adopt_socket(number: int) -> socket.socket:
+    sock = socket.socket(fileno=number)
+    sock.set_inheritable(False)
+    sock.setblocking(False)
+    return sock
 
 
 @contextlib.contextmanager
@@ -168,6 +201,14 @@ def _drain(sock: socket.socket) -> None:
             return
         except OSError:
             continue  # a pending ICMP error, which recv reports once
+
+
+def queued_bytes(sock: socket.socket) -> int:
+    """Return the bytes that queued datagrams take; 0 where the kernel does not tell."""
+    try:
+        return _kernel.read_meminfo(sock.fileno())[0]
+    except OSError:  # before Linux 4.12
+        return 0
 
 
 def read_slots(part: AddressSockets) -> Iterator[SlotStats]:

@@ -23,7 +23,7 @@ class Steering:
     mode: SteeringMode
     has_sink = False
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, descriptors: Sequence[int] = ()) -> None:
         self._rules = rules
 
     def bind_first(self, sock: socket.socket, address: Any) -> None:
@@ -48,6 +48,11 @@ class Steering:
         Raises: NotImplementedError unless this mode has one.
         """
         raise NotImplementedError
+
+    @property
+    def descriptors(self) -> list[int]:
+        """The descriptors of programs and maps that this object owns."""
+        return []
 
     def close(self) -> None:
         """Close what this object owns."""
@@ -94,11 +99,20 @@ class ExtendedSteering(Steering):
     mode = SteeringMode.EBPF
     has_sink = True
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, descriptors: Sequence[int] = ()) -> None:
         super().__init__(rules)
-        self._program, self._sockets, self._table, self._counters = _kernel.load_program(
-            rules.key, rules.cid_length, rules.listeners, rules.slots, rules.drop_invalid
-        )
+        if descriptors:
+            for descriptor in descriptors:
+                os.set_inheritable(descriptor, False)
+        else:
+            descriptors = _kernel.load_program(
+                rules.key, rules.cid_length, rules.listeners, rules.slots, rules.drop_invalid
+            )
+        self._program, self._sockets, self._table, self._counters = descriptors
+
+    @property
+    def descriptors(self) -> list[int]:
+        return [self._program, self._sockets, self._table, self._counters]
 
     def bind_first(self, sock: socket.socket, address: Any) -> None:
         _share_port(sock)
@@ -128,12 +142,12 @@ _CLASSES: dict[SteeringMode, type[Steering]] = {
 }
 
 
-def make_steering(mode: SteeringMode, rules: Rules) -> Steering:
-    """Return the steering of one address.
+def make_steering(mode: SteeringMode, rules: Rules, descriptors: Sequence[int] = ()) -> Steering:
+    """Return the steering of one address; ``descriptors`` are those of one that is in the kernel already.
 
     Raises: KernelError when the kernel does not take the program.
     """
-    return _CLASSES[mode](rules)
+    return _CLASSES[mode](rules, descriptors)
 
 
 def is_refusal(error: KernelError) -> bool:

@@ -39,6 +39,7 @@ class Worker:
         self._owner = owner
         self._taken = owner is None
         self._closed = False
+        self._greeted = False
         self._lock = threading.Lock()
         self._connection_ids = ConnectionIds(state.keys, state.identity)
 
@@ -153,7 +154,13 @@ class Worker:
                 self._taken = True
                 if os.getpid() != self._owner.pid:
                     self._owner.leave_child()
+            self._greet()
             return self._state
+
+    def _greet(self) -> None:
+        """Tell the supervisor that somebody took the worker over."""
+        if self._state.channel and not self._greeted:
+            self._greeted = self._state.channel.send("hello")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -201,4 +208,8 @@ class Worker:
             QuicSteerError: what was passed is not for this process, or not what it should be.
         """
         state = take_over()
-        return cls(state) if state else None
+        if state is None:
+            return None
+        worker = cls(state)
+        worker._greet()
+        return worker

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+
 from quicsteer import SteeringMode, capability
 
 REQUIRE_KERNEL = os.environ.get("QUICSTEER_REQUIRE_KERNEL") == "1"

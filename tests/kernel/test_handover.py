@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quicsteer
 from handover import report, report_to
-from quicsteer import QuicSteerError, SteeringGroup, SteeringMode, Worker
 from steer import arrivals, long_header, open_descriptors, receive_all, short_header
+
+import quicsteer
+from quicsteer import QuicSteerError, SteeringGroup, SteeringMode, Worker
 
 SUPPORT = Path(__file__).parent.parent / "support"
 
@@ -143,7 +144,8 @@ def run_program(worker: Worker, **options: Any) -> dict[str, Any]:
     python, environment = interpreter()
     answer, output = os.pipe()
     os.set_inheritable(output, True)
-    script = f"import os, runpy; os.dup2({output}, 1); runpy.run_path({str(SUPPORT / 'inheriting.py')!r}, run_name='__main__')"
+    program = str(SUPPORT / "inheriting.py")
+    script = f"import os, runpy; os.dup2({output}, 1); runpy.run_path({program!r}, run_name='__main__')"
     pid = worker.spawn([python, "-c", script], env=environment, **options)
     os.close(output)
     with os.fdopen(answer) as lines:

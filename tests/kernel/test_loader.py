@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from quicsteer import KernelError, SteeringMode, _kernel
 
 ROOT = Path(__file__).parents[2]
@@ -34,9 +35,7 @@ def describe(program: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     for number in program["map_ids"]:
         shape = bpftool("map", "show", "id", str(number))
         [name] = [ours for ours, theirs in names.items() if theirs == shape["name"]]
-        maps[name] = {
-            key: shape[key] for key in ("type", "flags", "bytes_key", "bytes_value", "max_entries", "frozen")
-        }
+        maps[name] = {key: shape[key] for key in ("type", "flags", "bytes_key", "bytes_value", "max_entries", "frozen")}
     return {"tag": program["tag"], "type": program["type"], "maps": maps}
 
 

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
+from steer import receive_all, short_header, worker_sockets
+
 from quicsteer import GroupStats, SteeringGroup, SteeringMode, Worker
 from quicsteer.counters import DropCounter
-from steer import receive_all, short_header, worker_sockets
 
 
 def overflow(group: SteeringGroup, worker: Worker, lost: int, client: socket.socket) -> int:
@@ -57,7 +59,7 @@ def test_the_kernel_shows_the_same_drops_to_everybody(steering_mode: SteeringMod
         overflow(group, group.workers[1], 321, client)
         [table] = [
             int(line.split()[-1])
-            for line in open("/proc/net/udp").readlines()[1:]
+            for line in Path("/proc/net/udp").read_text().splitlines()[1:]
             if int(line.split()[1].partition(":")[2], 16) == group.addresses[0][1] and line.split()[-1] != "0"
         ]
         assert table == 321

@@ -3,9 +3,10 @@
 import socket
 
 import pytest
+from steer import VectorGroup, arrivals, load_decisions, outcomes, receive_all
+
 from quicsteer import SteeringGroup, SteeringMode
 from quicsteer.abi import Outcome
-from steer import VectorGroup, arrivals, load_decisions, outcomes, receive_all
 
 GROUPS = load_decisions()
 

@@ -4,8 +4,9 @@ import os
 from multiprocessing.connection import Connection
 from typing import Any
 
-from quicsteer import Worker
 from steer import receive_all
+
+from quicsteer import Worker
 
 
 def report(worker: Worker) -> dict[str, Any]:

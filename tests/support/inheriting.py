@@ -2,20 +2,21 @@
 
 import json
 import os
-import sys
+from pathlib import Path
 
 
 def main() -> None:
-    from quicsteer import Worker
     from steer import receive_all
 
+    from quicsteer import Worker
+
     before = {name: os.environ.get(name) for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "QUICSTEER_FD")}
-    command_line = open("/proc/self/cmdline").read()
-    environment = open("/proc/self/environ").read()
+    command_line = Path("/proc/self/cmdline").read_text()
+    environment = Path("/proc/self/environ").read_text()
     worker = Worker.inherited()
     assert worker is not None
     listing = os.popen("ls -l /proc/self/fd").read()  # a child of this process
-    status = open("/proc/self/status").read()
+    status = Path("/proc/self/status").read_text()
     print(
         json.dumps(
             {
@@ -32,7 +33,7 @@ def main() -> None:
                 "reset_token": worker.connection_ids.reset_token(bytes(8)).hex(),
                 "uid": os.getuid(),
                 "groups": os.getgroups(),
-                "effective": [line.split()[1] for line in status.splitlines() if line.startswith("CapEff")][0],
+                "effective": next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff")),
                 "child_sockets": listing.count("socket:"),
                 "child_memory": listing.count("memfd:"),
                 "repr": repr(worker) + repr(worker.connection_ids),
@@ -44,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

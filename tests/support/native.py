@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cffi import FFI
+
 from quicsteer.abi import Outcome
 from quicsteer.decision import Decision, Rules
 

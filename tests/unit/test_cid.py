@@ -1,10 +1,12 @@
 """Connection IDs: what they say to us, what they hide, that none comes twice."""
 
+import itertools
 import os
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quicsteer import ConnectionIds, _kernel
 from quicsteer.cid import GroupKeys, Identity, _permute, generation_start
 
@@ -44,7 +46,7 @@ def test_the_order_of_short_bodies_is_a_permutation(key: bytes, slot: int, numbe
 def test_neighbouring_bodies_share_nothing_to_see() -> None:
     ids = make()
     bodies = [int.from_bytes(ids.issue()[:4], "big") for _ in range(2000)]
-    changed = [(a ^ b).bit_count() for a, b in zip(bodies, bodies[1:], strict=False)]
+    changed = [(a ^ b).bit_count() for a, b in itertools.pairwise(bodies)]
     assert 15.5 < sum(changed) / len(changed) < 16.5
     for bit in range(32):
         assert 850 < sum(body >> bit & 1 for body in bodies) < 1150
@@ -59,7 +61,7 @@ def test_seals_of_one_slot_share_nothing_to_see() -> None:
 
 def test_generations_start_far_apart() -> None:
     starts = sorted(generation_start(12345, generation) for generation in range(1000))
-    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(starts)]
     assert min(gaps) > 1_000_000
 
 

@@ -5,11 +5,12 @@ import native
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steer import Vector, VectorGroup, load_decisions, load_seals
+
 from quicsteer import _kernel
 from quicsteer.abi import CID_LENGTH_MAX, CID_LENGTH_MIN, TABLE_SIZE, Outcome
 from quicsteer.classic import INSTRUCTIONS_MAX, steering_program
 from quicsteer.decision import Decision, Rules, decide, open_seal, seal_hash, seal_word, siphash24
-from steer import Vector, VectorGroup, load_decisions, load_seals
 
 GROUPS = load_decisions()
 VECTORS = [(group, vector) for group in GROUPS for vector in group.vectors]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import quicsteer
 
 ROOT = Path(__file__).parents[2]
@@ -14,14 +15,14 @@ PACKAGE = ROOT / "quicsteer"
 
 LAYERS = [
     {"abi", "errors", "modes"},
-    {"invariants", "_kernel", "addresses", "ports"},
-    {"decision", "classic", "cid", "triage"},
-    {"capability", "options", "steering", "counters"},
+    {"invariants", "_kernel", "addresses", "ports", "channel", "control", "notify", "_stateless"},
+    {"decision", "classic", "cid", "triage", "member"},
+    {"capability", "options", "steering", "counters", "handover"},
     {"sockets", "worker"},
-    {"group"},
-    {"proof"},
-    {"check", "aioquic", "_readers"},
-    {"demo"},
+    {"group", "lifecycle", "_readers"},
+    {"proof", "supervisor", "_aioquic"},
+    {"check", "aioquic", "upgrade"},
+    {"demo", "run"},
     {"cli"},
     {"__main__"},
 ]

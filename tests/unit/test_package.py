@@ -62,7 +62,7 @@ def test_the_c_sources_compile_where_there_is_no_linux(source: str, tmp_path: Pa
     """As near as a Linux host gets to another system: the compiler does not say that it is Linux."""
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'bpf'}"]
     warnings = ["-Wall", "-Wextra", "-Werror", "-U__linux__", "-std=gnu11"]
-    output = ["-c", ROOT / "csrc" / f"{source}.c", "-o", tmp_path / "out.o"]
+    output = ["-c", str(ROOT / "csrc" / f"{source}.c"), "-o", str(tmp_path / "out.o")]
     subprocess.run(["cc", *warnings, *includes, *output], check=True)
 
 

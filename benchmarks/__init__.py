@@ -1,0 +1,1 @@
+"""What steering costs. Run ``python -m benchmarks --help`` from the root of the source tree."""

@@ -1,0 +1,103 @@
+"""``lockstep.c``, compiled when it is first needed and called through ctypes."""
+
+import ctypes
+import functools
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
+
+BATCH = 64
+TAG_LENGTH = 4
+DATAGRAM_MAX = 2048
+
+_SOURCE = Path(__file__).with_name("lockstep.c")
+_FLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
+
+
+class Arrival(IntEnum):
+    """Who must get the datagrams of a run."""
+
+    AT_NAMED_SOCKET = 0
+    AT_ANY_SOCKET = 1
+    NOWHERE = 2
+
+
+class Run(NamedTuple):
+    """What one run sends where. ``datagrams`` are one for each flow, all of one size, each ending with its tag."""
+
+    clients: Sequence[int]
+    sockets: Sequence[int]
+    datagrams: Sequence[bytes]
+    port: int
+    arrival: Arrival
+    batches: int
+
+
+class Result(NamedTuple):
+    """What a run saw: nanoseconds of each batch's sending, of all draining, and how many datagrams went astray."""
+
+    send_ns: list[int]
+    drain_ns: int
+    received: int
+    misplaced: int
+    lost: int
+    late: int
+
+
+class _Lockstep(ctypes.Structure):
+    _fields_ = [
+        ("clients", ctypes.POINTER(ctypes.c_int32)),
+        ("sockets", ctypes.POINTER(ctypes.c_int32)),
+        ("datagrams", ctypes.c_char_p),
+        ("send_ns", ctypes.POINTER(ctypes.c_uint64)),
+        ("client_count", ctypes.c_uint32),
+        ("socket_count", ctypes.c_uint32),
+        ("flow_count", ctypes.c_uint32),
+        ("datagram_size", ctypes.c_uint32),
+        ("port", ctypes.c_uint32),
+        ("batch_count", ctypes.c_uint32),
+        ("arrival", ctypes.c_uint32),
+        ("late", ctypes.c_uint32),
+        ("drain_ns", ctypes.c_uint64),
+        ("received", ctypes.c_uint64),
+        ("misplaced", ctypes.c_uint64),
+        ("lost", ctypes.c_uint64),
+    ]
+
+
+def lockstep(run: Run) -> Result:
+    """Send and drain ``run.batches`` batches.
+
+    Raises: OSError when a system call fails.
+    """
+    datagrams = b"".join(run.datagrams)
+    send_ns = (ctypes.c_uint64 * run.batches)()
+    state = _Lockstep(
+        clients=(ctypes.c_int32 * len(run.clients))(*run.clients),
+        sockets=(ctypes.c_int32 * len(run.sockets))(*run.sockets),
+        datagrams=datagrams,
+        send_ns=send_ns,
+        client_count=len(run.clients),
+        socket_count=len(run.sockets),
+        flow_count=len(run.datagrams),
+        datagram_size=len(run.datagrams[0]),
+        port=run.port,
+        batch_count=run.batches,
+        arrival=run.arrival,
+    )
+    error = -_library().lockstep(ctypes.byref(state))
+    if error:
+        raise OSError(error, f"lockstep: {os.strerror(error)}")
+    return Result(list(send_ns), state.drain_ns, state.received, state.misplaced, state.lost, state.late)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "lockstep.so"
+        subprocess.run([os.environ.get("CC", "cc"), *_FLAGS, _SOURCE, "-o", output], check=True)
+        return ctypes.CDLL(str(output))
