@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 _SOCKET_LINK = "socket:["
+_READS = 3
+"""How often the tables are read: the kernel skips entries when others go while it lists them."""
+
 _UDP_TABLES = {socket.AF_INET: "/proc/net/udp", socket.AF_INET6: "/proc/net/udp6"}
 
 
@@ -35,8 +38,12 @@ def holders(port: int) -> list[Holder]:
 
 
 def describe_holders(port: int) -> str:
-    """Return who holds a port, each process once, or an empty string when nobody can be seen."""
-    return ", ".join(dict.fromkeys(str(holder) for holder in holders(port)))
+    """Return who holds a port that is known to be held, each process once; an empty string when nobody can be seen."""
+    for _ in range(_READS):
+        found = holders(port)
+        if found:
+            return ", ".join(dict.fromkeys(map(str, found)))
+    return ""
 
 
 def _udp_sockets() -> Iterator[tuple[str, int, int, int]]:

@@ -25,6 +25,7 @@ from quic import (
     client_configuration,
     connected,
     first_flight,
+    hear,
     pending,
     serve_echo,
     server_configuration,
@@ -235,7 +236,7 @@ def test_a_retry_brings_the_client_back_to_the_established_socket(bench: Bench, 
             assert header.packet_type == QuicPacketType.RETRY
             assert bench.worker.connection_ids.slot_of(header.source_cid) == SLOT
             assert server.counters.connections == 0
-            connection.receive_datagram(retry, sender, asyncio.get_running_loop().time())
+            hear(connection, retry)
             await wire.handshake(connection, bench.established)
             assert (server.counters.connections, server.counters.retries, server.counters.invalid_tokens) == (1, 1, 0)
 
@@ -250,8 +251,8 @@ def test_a_retry_token_is_good_on_every_worker_and_whatever_it_asks_for(bench: B
         async with server_on(bench, retry=True), server_on(other, retry=False, listen=False) as second:
             connection, datagrams = first_flight(bench.listener)
             wire.send(datagrams, bench.listener)
-            retry, sender = await wire.receive()
-            connection.receive_datagram(retry, sender, asyncio.get_running_loop().time())
+            retry, _ = await wire.receive()
+            hear(connection, retry)
             await wire.handshake(connection, other.established)
             assert second.counters.connections == 1
         other.worker.close()
@@ -272,12 +273,10 @@ def test_a_bad_retry_token_ends_the_attempt(bench: Bench, wire: Wire) -> None:
                 original_destination_cid=header.destination_cid,
                 retry_token=os.urandom(40),
             )
-            now = asyncio.get_running_loop().time()
-            connection.receive_datagram(retry, bench.established, now)
+            hear(connection, retry)
             wire.send(pending(connection), bench.established)
-            answer, sender = await wire.receive()
-            connection.receive_datagram(answer, sender, now)
-            connection.handle_timer(now + 60)
+            hear(connection, (await wire.receive())[0])
+            connection.handle_timer(asyncio.get_running_loop().time() + 60)
             [end] = [event for event in iter(connection.next_event, None) if isinstance(event, ConnectionTerminated)]
             assert end.error_code == QuicErrorCode.INVALID_TOKEN
             assert (server.counters.connections, server.counters.invalid_tokens) == (0, 1)
@@ -662,8 +661,7 @@ def test_a_batch_of_datagrams_is_answered_once(bench: Bench, wire: Wire) -> None
             acknowledged = 0
             answers = 0
             while acknowledged < 10:
-                answer, sender = await wire.receive()
-                connection.receive_datagram(answer, sender, asyncio.get_running_loop().time())
+                hear(connection, (await wire.receive())[0])
                 acknowledged += sum(isinstance(event, PingAcknowledged) for event in iter(connection.next_event, None))
                 answers += 1
             assert answers <= 2  # the end of the handshake may have been acknowledged late

@@ -306,8 +306,7 @@ class Wire:
         """Go on with a handshake until it is complete."""
         while not any(isinstance(event, HandshakeCompleted) for event in iter(connection.next_event, None)):
             self.send(pending(connection), address)
-            datagram, sender = await self.receive()
-            connection.receive_datagram(datagram, sender, time.monotonic())
+            hear(connection, (await self.receive())[0])
         self.send(pending(connection), address)
 
 
@@ -323,6 +322,11 @@ def first_flight(address: Address, dcid: bytes | None = None, **settings: Any) -
 def pending(connection: QuicConnection) -> list[bytes]:
     """What a connection wants to send now."""
     return [datagram for datagram, _ in connection.datagrams_to_send(time.monotonic())]
+
+
+def hear(connection: QuicConnection, datagram: bytes) -> None:
+    """Give a datagram to a client, as from the address that it sends to."""
+    connection.receive_datagram(datagram, connection._network_paths[0].addr, time.monotonic())
 
 
 def short_header(dcid: bytes, length: int = 60) -> bytes:
