@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(format_table(results))
         print()
         print(summarize(results, arguments.changes))
-    return _status(results)
+    return exit_status(results)
 
 
 def _show(mode: SteeringMode, arguments: argparse.Namespace, identity: Identity, progress: "Progress") -> ModeResult:
@@ -390,7 +390,8 @@ def summarize(results: list[ModeResult], changes: int) -> str:
     return f"Of {results[0].connections} connections with {times} each, these survived: {text}."
 
 
-def _status(results: list[ModeResult]) -> int:
+def exit_status(results: list[ModeResult]) -> int:
+    """Return 0 when the modes that steer, as far as they are available, lost no connection, and 1 otherwise."""
     steering = [result for result in results if result.mode.steers]
     ran = [result for result in steering if not result.reason]
     whole = all(result.survived == result.connections for result in ran)
