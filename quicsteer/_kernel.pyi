@@ -1,3 +1,5 @@
+__test__: dict[str, str]  # Cython makes it
+
 def siphash24(key: bytes, message: bytes) -> int:
     """Return SipHash-2-4 of 8 bytes under a key of 16 bytes."""
 
