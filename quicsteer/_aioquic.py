@@ -6,10 +6,11 @@ looked for when the module is imported, and nothing is replaced in aioquic itsel
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from ._readers import Endpoint
 from .cid import ConnectionIds
+from .quicstats import ConnectionEnd, StreamReset
 
 try:
     import aioquic
@@ -19,7 +20,14 @@ try:
     from aioquic.buffer import Buffer  # type: ignore[attr-defined]  # it exports by import
     from aioquic.quic.configuration import SMALLEST_MAX_DATAGRAM_SIZE, QuicConfiguration
     from aioquic.quic.connection import QuicConnection, QuicConnectionId
-    from aioquic.quic.events import ConnectionIdRetired, ConnectionTerminated, HandshakeCompleted, QuicEvent
+    from aioquic.quic.events import (
+        ConnectionIdRetired,
+        ConnectionTerminated,
+        HandshakeCompleted,
+        QuicEvent,
+        StopSendingReceived,
+    )
+    from aioquic.quic.events import StreamReset as StreamResetReceived
     from aioquic.quic.packet import (
         QuicErrorCode,
         QuicHeader,
@@ -84,18 +92,6 @@ if _missing := missing_names():
     )
 
 
-class ConnectionEnd(NamedTuple):
-    """How a connection ended.
-
-    ``sender`` of the CONNECTION_CLOSE is ``"server"``, ``"client"``, or ``"nobody"`` after an idle timeout.
-    ``application`` tells application error codes from those of RFC 9000, 20.1.
-    """
-
-    sender: str
-    application: bool
-    code: int
-
-
 class Registry(Protocol):
     """What a connection tells its server."""
 
@@ -115,6 +111,9 @@ class Registry(Protocol):
     def forget(self, entry: "Entry", end: ConnectionEnd | None = None) -> None:
         """Forget a connection that is over."""
 
+    def count_reset(self, reset: StreamReset) -> None:
+        """Take note that a stream was reset."""
+
     def defers(self, entry: "Entry") -> bool:
         """Tell whether a connection shall send later, and see to it that it does."""
 
@@ -126,10 +125,12 @@ class Entry:
     server: Registry
     endpoint: Endpoint
     protocol: QuicConnectionProtocol | None = None
+    connection: "SteeredConnection | None" = None
     cids: set[bytes] = field(default_factory=set)
     retired: deque[bytes] = field(default_factory=deque)
     handshaking: bool = False
     transmit_soon: bool = False
+    ended: bool = False
 
 
 class SteeredConnection(QuicConnection):
@@ -138,6 +139,7 @@ class SteeredConnection(QuicConnection):
     def __init__(self, entry: Entry, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.entry = entry
+        entry.connection = self
         self._ended_here: ConnectionTerminated | None = None
         self._ended_silently: ConnectionTerminated | None = None
         self._name_worker(self._host_cids[0])
@@ -169,7 +171,21 @@ class SteeredConnection(QuicConnection):
             self.entry.server.end_handshake(self.entry)
         elif isinstance(event, ConnectionTerminated):
             self.entry.server.forget(self.entry, self._describe_end(event))
+        elif isinstance(event, StreamResetReceived):
+            self.entry.server.count_reset(StreamReset("client", "RESET_STREAM", event.error_code))
+        elif isinstance(event, StopSendingReceived):
+            self.entry.server.count_reset(StreamReset("client", "STOP_SENDING", event.error_code))
         return event
+
+    def reset_stream(self, stream_id: int, error_code: int) -> None:
+        """Give up what is sent on a stream, and count it."""
+        super().reset_stream(stream_id, error_code)
+        self.entry.server.count_reset(StreamReset("server", "RESET_STREAM", error_code))
+
+    def stop_stream(self, stream_id: int, error_code: int) -> None:
+        """Ask the client to give up what it sends on a stream, and count it."""
+        super().stop_stream(stream_id, error_code)
+        self.entry.server.count_reset(StreamReset("server", "STOP_SENDING", error_code))
 
     def close(
         self, error_code: int = QuicErrorCode.NO_ERROR, frame_type: int | None = None, reason_phrase: str = ""
@@ -186,6 +202,11 @@ class SteeredConnection(QuicConnection):
         super().handle_timer(now)
         if ended is None:
             self._ended_silently = self._close_event
+
+    @property
+    def end(self) -> ConnectionEnd | None:
+        """How the connection ended, or will when it is closed; ``None`` while it is open."""
+        return self._describe_end(self._close_event) if self._close_event else None
 
     def _describe_end(self, event: ConnectionTerminated) -> ConnectionEnd:
         sender = "server" if event is self._ended_here else "nobody" if event is self._ended_silently else "client"

@@ -42,10 +42,11 @@ from ._aioquic import (
 )
 from ._readers import Endpoint, SocketAddress
 from ._stateless import RateLimit, RetryTokens, stateless_reset
-from ._supervision import Supervision
 from .abi import LONG_DCID_OFFSET
 from .cid import ConnectionIds
 from .invariants import Header, read_header
+from .lifecycle import Lifecycle
+from .quicstats import QuicStats, StreamReset, count_end, count_reset
 from .worker import Worker
 
 RESETS_PER_SECOND = 100.0
@@ -57,7 +58,7 @@ RETIRED_MAX = 32
 HANDSHAKE_SECONDS = 10.0
 """How long a server that ends waits for handshakes to be completed."""
 
-__all__ = ["ConnectionEnd", "ServerCounters", "SteeredQuicServer", "serve"]
+__all__ = ["ConnectionEnd", "ServerCounters", "SteeredQuicServer", "StreamReset", "serve"]
 
 _VERSION_NEGOTIATION = bytes(4)  # RFC 8999, 6
 
@@ -67,7 +68,8 @@ class ServerCounters:
     """What a server did so far.
 
     ``unanswered_resets`` are stateless resets that the rate limit or a short datagram forbade. ``unsent`` are
-    datagrams that the kernel did not take.
+    datagrams that the kernel did not take. ``ends`` and ``stream_resets`` tell as many error codes apart as
+    ``quicsteer.quicstats`` says.
     """
 
     connections: int = 0
@@ -77,6 +79,7 @@ class ServerCounters:
     unanswered_resets: int = 0
     unsent: int = 0
     ends: Counter[ConnectionEnd] = field(default_factory=Counter)
+    stream_resets: Counter[StreamReset] = field(default_factory=Counter)
 
 
 class SteeredQuicServer(QuicServer):
@@ -119,7 +122,7 @@ class SteeredQuicServer(QuicServer):
         self._listening = False
         self._closed = asyncio.Event()
         self._ended = asyncio.Event()
-        self._supervision = Supervision(worker.channel, self) if worker.channel else None
+        self._lifecycle = Lifecycle(worker, self)
         self._call_soon = loop.call_soon
         self._retry_above = {True: -1, False: None}[retry] if isinstance(retry, bool) else retry
         self._retry_tokens = RetryTokens(worker.token_secret)
@@ -130,6 +133,22 @@ class SteeredQuicServer(QuicServer):
         """What the server did so far."""
         self._counters.unsent = sum(endpoint.unsent for endpoint in self._endpoints)
         return self._counters
+
+    def figures(self) -> QuicStats:
+        """Return what the server did so far, as ``quicsteer stats`` shows it."""
+        counters = self.counters
+        return QuicStats(
+            connections=self.connections,
+            handshakes=self.handshakes,
+            opened=counters.connections,
+            retries=counters.retries,
+            invalid_tokens=counters.invalid_tokens,
+            stateless_resets=counters.resets,
+            unanswered_resets=counters.unanswered_resets,
+            unsent=counters.unsent,
+            ends=Counter(counters.ends),
+            stream_resets=Counter(counters.stream_resets),
+        )
 
     @property
     def connection_ids(self) -> ConnectionIds:
@@ -146,13 +165,15 @@ class SteeredQuicServer(QuicServer):
         """Connections that are not over yet, with those in their handshake and those that are being closed."""
         return len(self._connections)
 
-    def start(self) -> None:
-        """Start to read the sockets for established connections, and to follow the supervisor, if there is one."""
+    def start(self, listen: bool = True) -> None:
+        """Start to read the sockets for established connections, and to listen: at once, or when the supervisor says.
+
+        Without a supervisor and with ``listen`` false, listening waits for ``start_listening()``.
+        """
         for endpoint in self._endpoints:
             endpoint.start()
-        if self._supervision:
-            self._supervision.start()
-            self.worker.ready()
+        if listen or self.worker.channel:
+            self._lifecycle.start()
 
     def start_listening(self) -> None:
         """Take new connections."""
@@ -170,20 +191,23 @@ class SteeredQuicServer(QuicServer):
             endpoint.stop_listening()
         self._listening = False
 
-    async def drain(self, seconds: float) -> None:
-        """Serve until no connection is left, but no longer than ``seconds``; close then.
+    async def drain(self, timeout: float | None) -> None:
+        """Serve until no connection is left, or for ``timeout`` seconds; close then.
 
         Handshakes that are not complete after 10 seconds are not waited for: most are nobody's.
         """
-        start = time.monotonic()
-        await self._wait_until(lambda: not self._connections, start + min(seconds, HANDSHAKE_SECONDS))
-        await self._wait_until(lambda: len(self._connections) == self._handshakes, start + seconds)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        await self._wait_until(
+            lambda: not self._connections, HANDSHAKE_SECONDS if timeout is None else min(timeout, HANDSHAKE_SECONDS)
+        )
+        rest = None if deadline is None else deadline - time.monotonic()
+        await self._wait_until(lambda: len(self._connections) == self._handshakes, rest)
         self.close()
 
-    async def _wait_until(self, done: Callable[[], bool], deadline: float) -> None:
-        """Wait while connections end, until enough have or the deadline is over."""
+    async def _wait_until(self, done: Callable[[], bool], timeout: float | None) -> None:
+        """Wait while connections end, until enough have or the time is over."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(deadline - time.monotonic()):
+            async with asyncio.timeout(timeout):
                 while not done():
                     self._ended.clear()
                     await self._ended.wait()
@@ -198,12 +222,16 @@ class SteeredQuicServer(QuicServer):
         The sockets stay open until ``worker.close()``, which must come later: a socket that is closed while a loop
         reads it goes on waking the loop.
         """
+        if self._closed.is_set():
+            return
         self._closed.set()
-        if self._supervision:
-            self._supervision.stop()
+        self._lifecycle.close()
         for entry in self._connections:
             if entry.protocol:
                 entry.protocol.close()
+            if entry.connection:
+                self._count_end(entry, entry.connection.end)
+            self.end_handshake(entry)
         self._connections.clear()
         self._entries.clear()
         for endpoint in self._endpoints:
@@ -233,14 +261,23 @@ class SteeredQuicServer(QuicServer):
 
     def forget(self, entry: Entry, end: ConnectionEnd | None = None) -> None:
         """Forget a connection that is over: its own connection IDs, without a walk through all others."""
-        if end:
-            self._counters.ends[end] += 1
+        self._count_end(entry, end)
         self.end_handshake(entry)
         for cid in entry.cids:
             self._entries.pop(cid, None)
         entry.cids.clear()
         self._connections.discard(entry)
         self._ended.set()
+
+    def _count_end(self, entry: Entry, end: ConnectionEnd | None) -> None:
+        """Count how a connection ended, once."""
+        if end and not entry.ended:
+            entry.ended = True
+            count_end(self._counters.ends, end)
+
+    def count_reset(self, reset: StreamReset) -> None:
+        """Count a stream that was reset."""
+        count_reset(self._counters.stream_resets, reset)
 
     def defers(self, entry: Entry) -> bool:
         """Tell whether a connection shall send later, and see to it that it does."""
@@ -417,7 +454,5 @@ async def serve(
         retry=retry,
         stream_handler=stream_handler,
     )
-    server.start()
-    if listen and not worker.channel:
-        server.start_listening()
+    server.start(listen)
     return server

@@ -4,8 +4,9 @@ One message is one packet: a JSON object with its kind under ``"say"``. Neither 
 is gone says nothing: workers go on serving when the supervisor dies.
 
 A worker says ``ready`` (it reads its established sockets), ``stopped`` (it no longer reads its listeners), ``drained``
-(no connection is left) and ``alive`` (an answer to ``ping``). It is told to ``listen``, to ``stop`` with the seconds
-that its connections have to end, and ``ping``.
+(no connection is left), ``alive`` (an answer to ``ping``) and ``report`` with its figures (an answer to ``report``, and
+unasked before it ends). It is told to ``listen``, to ``stop`` with the seconds that its connections have to end,
+``ping`` and ``report``.
 """
 
 import contextlib
@@ -39,6 +40,8 @@ class Channel:
                 packet = self.socket.recv(_MESSAGE_MAX)
             except BlockingIOError:
                 return messages
+            except ConnectionResetError:
+                continue  # the peer is gone and had not read all; reported once, before what it said
             except OSError:
                 packet = b""
             if not packet:

@@ -5,9 +5,10 @@ coroutine ``drain``. Without a supervisor the server listens at once.
 """
 
 import asyncio
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from .channel import Channel
+from .quicstats import QuicStats
 from .worker import Worker
 
 
@@ -22,6 +23,14 @@ class DrainingServer(Protocol):
 
     async def drain(self, timeout: float | None) -> None:
         """Wait until no connection is left; at the end of ``timeout`` seconds, close those that are."""
+
+
+@runtime_checkable
+class ReportingServer(Protocol):
+    """What a server may be able to do besides: its figures then appear in ``quicsteer stats``."""
+
+    def figures(self) -> QuicStats:
+        """Return what the server did since it started."""
 
 
 class Lifecycle:
@@ -59,6 +68,8 @@ class Lifecycle:
     def _obey(self, channel: Channel, message: dict[str, Any]) -> None:
         if message["say"] == "ping":
             channel.send("alive")
+        elif message["say"] == "report":
+            self._report(channel)
         elif message["say"] == "listen":
             self._server.start_listening()
         elif message["say"] == "stop":
@@ -68,4 +79,9 @@ class Lifecycle:
 
     async def _drain(self, channel: Channel, seconds: float | None) -> None:
         await self._server.drain(seconds)
+        self._report(channel)
         channel.send("drained")
+
+    def _report(self, channel: Channel) -> None:
+        figures = self._server.figures().to_dict() if isinstance(self._server, ReportingServer) else None
+        channel.send("report", figures=figures)

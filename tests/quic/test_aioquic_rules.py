@@ -4,6 +4,7 @@ Most tests talk to a worker whose two sockets have ports of their own, so that a
 """
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 from aioquic.asyncio.protocol import QuicConnectionProtocol
 from aioquic.buffer import Buffer  # type: ignore[attr-defined]
+from aioquic.quic.connection import QuicConnection
 from aioquic.quic.events import ConnectionTerminated, PingAcknowledged, QuicEvent, StreamDataReceived
 from aioquic.quic.packet import QuicErrorCode, QuicHeader, QuicPacketType, encode_quic_retry, pull_quic_header
 from quic import (
@@ -33,10 +35,13 @@ from quic import (
     short_header,
 )
 
+import quicsteer.aioquic
 from quicsteer import SteeringGroup, SteeringMode, Worker
+from quicsteer._aioquic import SteeredConnection, encode_invalid_token_close
 from quicsteer._readers import Endpoint
 from quicsteer._stateless import RateLimit, RetryTokens, stateless_reset
-from quicsteer.aioquic import RESETS_PER_SECOND, RETIRED_MAX, ConnectionEnd, SteeredQuicServer, serve
+from quicsteer.aioquic import RETIRED_MAX, ConnectionEnd, SteeredQuicServer, serve
+from quicsteer.channel import Channel, channel_pair
 from quicsteer.cid import GroupKeys, Identity
 from quicsteer.handover import Place, WorkerState
 
@@ -71,6 +76,13 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 
 @pytest.fixture
+def plain_bench() -> Iterator[Bench]:
+    bench = make_bench("plain")
+    with bench.worker:
+        yield bench
+
+
+@pytest.fixture
 def split_bench() -> Iterator[Bench]:
     bench = make_bench("split")
     with bench.worker:
@@ -90,6 +102,11 @@ async def server_on(bench: Bench, **arguments: Any) -> AsyncIterator[SteeredQuic
         yield server
     finally:
         server.close()
+
+
+def pings_acknowledged(connection: QuicConnection) -> list[int]:
+    """Which pings the server acknowledged since this was asked last."""
+    return [event.uid for event in iter(connection.next_event, None) if isinstance(event, PingAcknowledged)]
 
 
 def read_long_header(datagram: bytes) -> QuicHeader:
@@ -260,6 +277,7 @@ def test_a_retry_token_is_good_on_every_worker_and_whatever_it_asks_for(bench: B
     asyncio.run(main())
 
 
+@pytest.mark.skipif(encode_invalid_token_close is None, reason="aioquic before 1.6 gives no answer, nor do we")
 def test_a_bad_retry_token_ends_the_attempt(bench: Bench, wire: Wire) -> None:
     async def main() -> None:
         async with server_on(bench) as server:
@@ -385,14 +403,14 @@ def test_no_reset_is_sent_where_it_could_do_harm(bench: Bench, wire: Wire) -> No
 
 
 def test_the_rate_of_resets_is_limited(bench: Bench, wire: Wire) -> None:
-    count = int(RESETS_PER_SECOND) + 50
-
     async def main() -> None:
         async with server_on(bench) as server:
-            wire.send([short_header(bench.worker.connection_ids.issue()) for _ in range(count)], bench.established)
-            while server.counters.resets + server.counters.unanswered_resets < count:
+            server._reset_limit = RateLimit(1)
+            wire.send([short_header(bench.worker.connection_ids.issue()) for _ in range(16)], bench.established)
+            while server.counters.resets + server.counters.unanswered_resets < 16:
                 await asyncio.sleep(0)
-            assert server.counters.resets >= RESETS_PER_SECOND
+            assert server.counters.resets >= 1
+            assert server.counters.unanswered_resets >= 1
 
     asyncio.run(asyncio.wait_for(main(), TIMEOUT))
 
@@ -433,18 +451,17 @@ def test_every_connection_id_names_the_worker_and_has_its_reset_token(steering_m
         asyncio.run(main(group))
 
 
-def test_retired_connection_ids_of_a_live_connection_bring_no_reset(bench: Bench, wire: Wire) -> None:
-    async def main(plain: Bench) -> None:
-        async with server_on(plain) as server, connected(plain.listener) as client:
+def test_retired_connection_ids_of_a_live_connection_bring_no_reset(plain_bench: Bench, wire: Wire) -> None:
+    async def main() -> None:
+        async with server_on(plain_bench) as server, connected(plain_bench.established) as client:
             retired = client.server_cid
             client.protocol.change_connection_id()
             await client.exchange()
-            wire.send([short_header(retired)], plain.established)
-            assert await wire.settle(plain.worker, plain.established) == []
+            wire.send([short_header(retired)], plain_bench.established)
+            assert await wire.settle(plain_bench.worker, plain_bench.established) == []
             assert server.counters.resets == 1
 
-    if bench.established == bench.listener:  # aioquic's client keeps to one address
-        asyncio.run(main(bench))
+    asyncio.run(main())
 
 
 def test_a_client_that_retires_connection_ids_forever_costs_no_memory(steering_mode: SteeringMode) -> None:
@@ -459,6 +476,33 @@ def test_a_client_that_retires_connection_ids_forever_costs_no_memory(steering_m
             assert len(entry.cids) == 1 + 8 + RETIRED_MAX
 
     with SteeringGroup.open("127.0.0.1:0", 1, mode=steering_mode) as group:
+        asyncio.run(main(group))
+
+
+def test_a_connection_stays_on_the_address_of_the_server_that_it_began_on(
+    steering_mode: SteeringMode, wire: Wire
+) -> None:
+    """RFC 9000, 9: only a preferred address, which aioquic does not offer, would let a client go to another one."""
+
+    async def main(group: SteeringGroup) -> None:
+        [worker] = group.workers
+        first, second = group.addresses
+        async with serving(worker):
+            connection, datagrams = first_flight(first)
+            wire.send(datagrams, first)
+            await wire.handshake(connection, first)
+            for answer in await wire.settle(worker, first):
+                hear(connection, answer)
+            for number, address in enumerate((second, first)):
+                connection.send_ping(number)
+                wire.send(pending(connection), address)
+                for answer in await wire.settle(worker, address):
+                    hear(connection, answer)
+            while not (acknowledged := pings_acknowledged(connection)):
+                hear(connection, (await wire.receive())[0])
+            assert acknowledged == [1]
+
+    with SteeringGroup.open(["127.0.0.1:0", "127.0.0.2:0"], 1, mode=steering_mode) as group:
         asyncio.run(main(group))
 
 
@@ -514,25 +558,133 @@ def test_ends_are_counted_by_who_ended_and_why(steering_mode: SteeringMode) -> N
         asyncio.run(main(group))
 
 
-def test_close_ends_connections_and_leaves_the_sockets_to_the_worker(bench: Bench) -> None:
+def test_close_ends_connections(plain_bench: Bench) -> None:
     async def main() -> None:
-        loop = asyncio.get_running_loop()
-        server = await serve_echo(bench.worker)
-        if bench.established == bench.listener:
+        for _ in range(2):  # the sockets are the worker's: one more server may read them
+            server = await serve_echo(plain_bench.worker)
             client = Client()
-            await client.connect(bench.listener)
+            await client.connect(plain_bench.established)
+            await client.exchange()
             server.close()
+            await asyncio.wait_for(server.wait_closed(), TIMEOUT)
             await asyncio.wait_for(client.protocol.wait_closed(), TIMEOUT)
             client.drop()
-        server.close()
-        server.close()
-        assert not any(loop.remove_reader(sock) for sock in bench.worker.sockets)
-        assert all(sock.fileno() >= 0 for sock in bench.worker.sockets)
-        if bench.established == bench.listener:
-            async with server_on(bench), connected(bench.listener) as client:
-                await client.exchange()
 
     asyncio.run(main())
+
+
+def test_close_stops_reading_and_leaves_the_sockets_open(bench: Bench) -> None:
+    async def main() -> None:
+        server = await serve_echo(bench.worker)
+        server.close()
+        server.close()
+        assert not any(asyncio.get_running_loop().remove_reader(sock) for sock in bench.worker.sockets)
+        assert all(sock.fileno() >= 0 for sock in bench.worker.sockets)
+
+    asyncio.run(main())
+
+
+# Under a supervisor
+
+
+async def said(channel: Channel) -> str:
+    """The next thing that a worker says to its supervisor, but for that it is there and for its figures."""
+    loop = asyncio.get_running_loop()
+    while True:
+        packet = await asyncio.wait_for(loop.sock_recv(channel.socket, 4096), TIMEOUT)
+        if (say := str(json.loads(packet)["say"])) not in ("hello", "report"):
+            return say
+
+
+def test_a_server_follows_its_supervisor_from_the_first_datagram_to_the_last(steering_mode: SteeringMode) -> None:
+    async def main(group: SteeringGroup) -> None:
+        [address] = group.addresses
+        supervisor, theirs = channel_pair()
+        worker = group.worker(0)
+        worker.attach(theirs)
+        server = await serve_echo(worker)
+        assert await said(supervisor) == "ready"
+        client = Client()
+        await client.start(address)
+        supervisor.send("ping")
+        assert await said(supervisor) == "alive"
+        assert server.counters.connections == 0
+        supervisor.send("listen")
+        await asyncio.wait_for(client.protocol.wait_connected(), TIMEOUT)
+        supervisor.send("stop", seconds=TIMEOUT)
+        assert await said(supervisor) == "stopped"
+        late = Client()
+        await late.start(address)
+        await client.exchange()
+        await client.close()
+        assert await said(supervisor) == "drained"
+        await asyncio.wait_for(server.wait_closed(), TIMEOUT)
+        assert server.counters.connections == 1
+        worker.close()
+        supervisor.close()
+        late.drop()
+
+    with SteeringGroup.open("127.0.0.1:0", 1, mode=steering_mode, split=True) as group:
+        asyncio.run(main(group))
+
+
+def test_connections_that_do_not_end_are_closed_at_the_deadline(steering_mode: SteeringMode) -> None:
+    async def main(group: SteeringGroup) -> None:
+        supervisor, theirs = channel_pair()
+        worker = group.worker(0)
+        worker.attach(theirs)
+        server = await serve_echo(worker)
+        supervisor.send("listen")
+        client = Client()
+        await client.connect(group.addresses[0])
+        supervisor.send("stop", seconds=0)
+        assert [await said(supervisor) for _ in range(3)] == ["ready", "stopped", "drained"]
+        await asyncio.wait_for(client.protocol.wait_closed(), TIMEOUT)
+        assert server.connections == 0
+        client.drop()
+        worker.close()
+        supervisor.close()
+
+    with SteeringGroup.open("127.0.0.1:0", 1, mode=steering_mode, split=True) as group:
+        asyncio.run(main(group))
+
+
+def test_handshakes_that_nobody_completes_do_not_hold_a_server_back(
+    plain_bench: Bench, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quicsteer.aioquic, "HANDSHAKE_SECONDS", 0)
+
+    async def main() -> None:
+        async with server_on(plain_bench) as server:
+            client = Client()
+            await client.connect(plain_bench.listener)
+            wire.send(first_flight(plain_bench.listener)[1], plain_bench.listener)
+            await client.exchange()
+            drain = asyncio.ensure_future(server.drain(None))
+            await client.exchange()
+            assert (server.connections, server.handshakes, drain.done()) == (2, 1, False)
+            await client.close()
+            await asyncio.wait_for(drain, TIMEOUT)
+            await server.wait_closed()
+
+    asyncio.run(main())
+
+
+def test_a_server_goes_on_without_its_supervisor(steering_mode: SteeringMode) -> None:
+    async def main(group: SteeringGroup) -> None:
+        supervisor, theirs = channel_pair()
+        worker = group.worker(0)
+        worker.attach(theirs)
+        server = await serve_echo(worker)
+        supervisor.send("listen")
+        supervisor.close()
+        async with connected(group.addresses[0]) as client:
+            await client.exchange()
+        server.close()
+        worker.close()
+
+    with SteeringGroup.open("127.0.0.1:0", 1, mode=steering_mode, split=True) as group:
+        asyncio.run(main(group))
 
 
 # The application
@@ -645,7 +797,17 @@ def test_established_datagrams_are_read_in_batches_and_new_ones_one_by_one(split
     assert [reads.count((turn, True)) for turn in turns] == [1] * 10
 
 
-def test_a_batch_of_datagrams_is_answered_once(bench: Bench, wire: Wire) -> None:
+def test_a_batch_of_datagrams_is_answered_once(bench: Bench, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds: list[float] = []
+    build = QuicConnection.datagrams_to_send
+
+    def count(self: QuicConnection, now: float) -> Any:
+        if isinstance(self, SteeredConnection):
+            builds.append(now)
+        return build(self, now)
+
+    monkeypatch.setattr(QuicConnection, "datagrams_to_send", count)
+
     async def main() -> None:
         async with server_on(bench):
             connection, datagrams = first_flight(bench.listener)
@@ -653,18 +815,17 @@ def test_a_batch_of_datagrams_is_answered_once(bench: Bench, wire: Wire) -> None
             await wire.handshake(connection, bench.established)
             await wire.settle(bench.worker, bench.established)
             batch = []
-            for uid in range(10):
+            for uid in range(16):
                 connection.send_ping(uid)
                 batch += pending(connection)
-            assert len(batch) == 10
+            builds.clear()
             wire.send(batch, bench.established)
             acknowledged = 0
-            answers = 0
-            while acknowledged < 10:
+            while acknowledged < len(batch):
                 hear(connection, (await wire.receive())[0])
-                acknowledged += sum(isinstance(event, PingAcknowledged) for event in iter(connection.next_event, None))
-                answers += 1
-            assert answers <= 2  # the end of the handshake may have been acknowledged late
+                acknowledged += len(pings_acknowledged(connection))
+            assert len(batch) == 16
+            assert len(builds) < 8  # one, and what timers ask for
 
     asyncio.run(main())
 

@@ -173,3 +173,15 @@ def test_a_reload_hands_new_connections_over_and_keeps_the_old_ones(steering_mod
 
     with SteeringGroup.open("127.0.0.1:0", 1, mode=steering_mode, split=True, banks=2) as group:
         asyncio.run(main(group))
+
+
+def test_a_worker_that_stands_in_for_another_takes_its_new_connections(
+    steering_mode: SteeringMode, split: bool
+) -> None:
+    async def main(group: SteeringGroup) -> None:
+        async with serving(group.worker(0, listeners=[0, 1])):
+            for address in group.addresses:
+                assert await follow_all(address, Client.migrate) == [{0}] * CLIENTS
+
+    with SteeringGroup.open(["127.0.0.1:0", "[::1]:0"], 2, mode=steering_mode, split=split) as group:
+        asyncio.run(main(group))
