@@ -4,8 +4,8 @@ VENV := .venv
 PYTHON ?= $(firstword $(foreach p,/usr/bin/python3 python3,$(shell $(p) -c 'import sys; print(sys.executable) if sys.version_info >= (3, 11) else None' 2>/dev/null)))
 CLANG_MAJOR := 19
 PACKAGES := gcc libc6-dev python3-dev python3-venv
-TEST_PACKAGES := $(PACKAGES) bpftool clang-$(CLANG_MAJOR) clang-format-$(CLANG_MAJOR) libbpf-dev ngtcp2-client iproute2 util-linux
-C_SOURCES := csrc/decide.h csrc/siphash.h csrc/types.h csrc/result.h $(foreach name,sockets loader spawn,csrc/$(name).h csrc/$(name).c) bpf/steer.bpf.c
+TEST_PACKAGES := $(PACKAGES) bpftool clang-$(CLANG_MAJOR) clang-format-$(CLANG_MAJOR) libbpf-dev ngtcp2-client curl iproute2 util-linux
+C_SOURCES := csrc/decide.h csrc/siphash.h csrc/types.h csrc/result.h $(foreach name,sockets loader spawn trace,csrc/$(name).h csrc/$(name).c) bpf/steer.bpf.c
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard quicsteer/*.py quicsteer/*.pyx quicsteer/*.pyi csrc/* bpf/*.h)
 
 .PHONY: help
@@ -20,6 +20,11 @@ demo: $(VENV)/.demo ## Show what steering does: 100 real QUIC connections whose 
 test: $(VENV)/.test ## Run all tests on the installed wheel
 	cd tests && QUICSTEER_REQUIRE_KERNEL=$${QUICSTEER_REQUIRE_KERNEL:-$${CI:+1}} ../$(VENV)/bin/pytest -c ../pyproject.toml --rootdir .. . $(PYTEST)
 
+.PHONY: test-browser
+test-browser: $(VENV)/.test ## Run headless Chromium against the hypercorn integration
+	.ci/install-packages chromium chromium-driver
+	cd tests && QUICSTEER_REQUIRE_BROWSER=1 ../$(VENV)/bin/pytest -c ../pyproject.toml --rootdir .. browser -s $(PYTEST)
+
 .PHONY: lint
 lint: $(VENV)/.test ## Check types, style, warnings and generated files
 	$(VENV)/bin/ruff check .
@@ -27,7 +32,7 @@ lint: $(VENV)/.test ## Check types, style, warnings and generated files
 	$(VENV)/bin/mypy
 	cd tests && MYPYPATH=.. ../$(VENV)/bin/stubtest quicsteer._kernel
 	clang-format-$(CLANG_MAJOR) --dry-run -Werror $(C_SOURCES)
-	for file in sockets loader spawn; do $(CC) -std=gnu11 -O2 -Wall -Wextra -Werror -Icsrc -Ibpf -c csrc/$$file.c -o /dev/null || exit 1; done
+	for file in sockets loader spawn trace; do $(CC) -std=gnu11 -O2 -Wall -Wextra -Werror -Icsrc -Ibpf -c csrc/$$file.c -o /dev/null || exit 1; done
 	$(VENV)/bin/python bpf/build.py --check
 
 .PHONY: bpf

@@ -9,12 +9,12 @@ STABLE_ABI = "0x030B0000"  # CPython 3.11
 
 kernel = Extension(
     "quicsteer._kernel",
-    sources=["quicsteer/_kernel.pyx", "csrc/sockets.c", "csrc/loader.c", "csrc/spawn.c"],
+    sources=["quicsteer/_kernel.pyx", "csrc/sockets.c", "csrc/loader.c", "csrc/spawn.c", "csrc/trace.c"],
     depends=[
         "bpf/abi.h",
         *(
             f"csrc/{name}.h"
-            for name in ("decide", "loader", "program", "result", "siphash", "sockets", "spawn", "types")
+            for name in ("decide", "loader", "program", "result", "siphash", "sockets", "spawn", "trace", "types")
         ),
     ],
     include_dirs=["csrc", "bpf"],

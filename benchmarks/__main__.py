@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import cost, groups
+from . import cost, groups, readout
 from .lanes import Astray, make_load
 from .report import Report, insert, read_report, render
 
@@ -41,6 +41,8 @@ def _measure(arguments: argparse.Namespace) -> Report:
     rounds = _QUICK_ROUNDS if arguments.quick else arguments.rounds
     if rounds < _ROUNDS_MIN or arguments.flows < 1:
         raise ValueError(f"rounds is {rounds} and flows {arguments.flows}, at least {_ROUNDS_MIN} and 1 are needed")
+    if arguments.command == "readout":
+        return readout.run(rounds)
     load = make_load(arguments.flows, arguments.size, arguments.cid_length, _BATCHES)
     if arguments.command == "cost":
         return cost.run(arguments.workers, load, rounds, arguments.seed, arguments.cpu)
@@ -66,6 +68,7 @@ def _parse() -> argparse.Namespace:
     command = commands.add_parser("cost", parents=[common], help=cost.__doc__)
     command.add_argument("--workers", type=int, default=4, help="(default %(default)s)")
     commands.add_parser("groups", parents=[common], help=groups.__doc__)
+    commands.add_parser("readout", parents=[common], help=readout.__doc__)
     show = commands.add_parser("show", help="print written reports as Markdown")
     show.add_argument("files", type=Path, nargs="+", metavar="FILE")
     show.add_argument("--into", type=Path, metavar="MARKDOWN", help="put them between the marks of this file instead")

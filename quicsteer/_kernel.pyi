@@ -38,6 +38,18 @@ def set_listener(table: int, index: int, slot: int) -> None:
 def read_counters(counters: int, slot: int) -> tuple[int, ...]:
     """Return a slot's datagrams by outcome, in the order of ``abi.Outcome``."""
 
+def make_counts(entries: int) -> int:
+    """Make an array of 64-bit counts; return its descriptor."""
+
+def load_tracing(instructions: bytes) -> int:
+    """Load a program for raw tracepoints (packed struct bpf_insn); return its descriptor."""
+
+def open_tracepoint(program: int, name: bytes) -> int:
+    """Let a program run at a raw tracepoint; return the descriptor, whose end ends it."""
+
+def read_count(counts: int, key: int) -> int:
+    """Return one count of an array of ``make_counts``."""
+
 def probe_bpf() -> dict[str, int]:
     """Try bpf(2) in a child process; return the errno of each step and the signal that ended the child, or 0."""
 

@@ -82,6 +82,12 @@ cdef extern from "loader.h":
     qs_result qs_read_counters(int counters, uint32_t slot, uint64_t *sums)
     qs_result qs_probe_bpf(qs_bpf_answers *answers) nogil
 
+cdef extern from "trace.h":
+    qs_result qs_make_counts(uint32_t entries)
+    qs_result qs_load_tracing(const void *instructions, uint32_t count) nogil
+    qs_result qs_open_tracepoint(int program, const char *name) nogil
+    qs_result qs_read_count(int counts, uint32_t key, uint64_t *count)
+
 cdef extern from "spawn.h":
     struct qs_spawn_request "qs_spawn":
         const char *path
@@ -100,6 +106,7 @@ cdef extern from "spawn.h":
 cdef enum:
     LOG_SIZE = 2048
     CLASSIC_LENGTH = 8
+    INSTRUCTION_LENGTH = 8
 
 
 cdef int check(qs_result result, str detail="") except -1:
@@ -202,6 +209,33 @@ def read_counters(int counters, uint32_t slot):
     cdef uint64_t sums[QS_OUTCOMES]
     check(qs_read_counters(counters, slot, sums))
     return tuple([sums[i] for i in range(QS_OUTCOMES)])
+
+
+def make_counts(uint32_t entries):
+    return check(qs_make_counts(entries))
+
+
+def load_tracing(bytes instructions not None):
+    cdef const unsigned char *raw = instructions
+    cdef uint32_t count = <uint32_t>(len(instructions) // INSTRUCTION_LENGTH)
+    cdef qs_result result
+    with nogil:
+        result = qs_load_tracing(raw, count)
+    return check(result)
+
+
+def open_tracepoint(int program, bytes name not None):
+    cdef const char *text = name
+    cdef qs_result result
+    with nogil:
+        result = qs_open_tracepoint(program, text)
+    return check(result)
+
+
+def read_count(int counts, uint32_t key):
+    cdef uint64_t count
+    check(qs_read_count(counts, key, &count))
+    return count
 
 
 def probe_bpf():

@@ -14,6 +14,7 @@ what steering asks for:
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -47,6 +48,7 @@ from .cid import ConnectionIds
 from .invariants import Header, read_header
 from .lifecycle import Lifecycle
 from .quicstats import QuicStats, StreamReset, count_end, count_reset
+from .tickets import SessionTickets
 from .worker import Worker
 
 RESETS_PER_SECOND = 100.0
@@ -54,6 +56,9 @@ RESETS_PER_SECOND = 100.0
 
 RETIRED_MAX = 32
 """Retired connection IDs per connection that a server still knows, so that no straggler is answered with a reset."""
+
+FULL_COLLECTION_AFTER = 1000
+"""Collections of the middle generation before one of everything: the third threshold of ``gc.set_threshold``."""
 
 HANDSHAKE_SECONDS = 10.0
 """How long a server that ends waits for handshakes to be completed."""
@@ -409,6 +414,17 @@ class SteeredQuicServer(QuicServer):
         protocol.datagram_received(data, address)
 
 
+def _make_full_collections_rare() -> None:
+    """Let the garbage collector walk all objects less often, unless the application has asked for less already.
+
+    Over 4,000 connections in their handshake, which a flood of Initials leaves, each such walk stalls the event loop
+    for more than half a second.
+    """
+    first, second, third = gc.get_threshold()
+    if 0 < third < FULL_COLLECTION_AFTER:
+        gc.set_threshold(first, second, FULL_COLLECTION_AFTER)
+
+
 async def serve(
     worker: Worker,
     *,
@@ -418,6 +434,7 @@ async def serve(
     session_ticket_handler: SessionTicketHandler | None = None,
     retry: bool | int = False,
     stream_handler: QuicStreamHandler | None = None,
+    session_tickets: bool = False,
     listen: bool = True,
 ) -> SteeredQuicServer:
     """Start an aioquic server on the sockets of a worker; the arguments are those of ``aioquic.asyncio.serve``.
@@ -428,11 +445,15 @@ async def serve(
     ``start_listening()``: for a reload, where the worker before this one must stop first. Under a supervisor the
     server listens when the supervisor says so, and ends when it says so: ``await server.wait_closed()``.
 
-    End with ``server.close()``, then ``worker.close()``. A client of session resumption or 0-RTT may reach another
-    worker than before: the ticket callbacks must share their store.
+    With ``session_tickets`` clients may resume TLS sessions and send 0-RTT data, on whatever worker they meet; each
+    ticket is good once (``quicsteer.tickets``). Ticket callbacks of your own must share their store between workers.
+
+    Full garbage collections become rare in this process (the third threshold of ``gc`` is raised to 1,000).
+
+    End with ``server.close()``, then ``worker.close()``.
 
     Raises:
-        ValueError: the configuration does not fit the group, or ``retry`` is negative.
+        ValueError: the configuration does not fit the group, ``retry`` is negative, or there are two stores of tickets.
     """
     length = worker.connection_ids.length
     if configuration.is_client:
@@ -445,6 +466,11 @@ async def serve(
         )
     if retry < 0:
         raise ValueError(f"retry is {retry}, it must be True, False or a number of handshakes from 0")
+    if session_tickets:
+        if session_ticket_fetcher or session_ticket_handler:
+            raise ValueError("session_tickets keeps tickets itself: leave the ticket callbacks out")
+        tickets = SessionTickets(worker)
+        session_ticket_fetcher, session_ticket_handler = tickets.take, tickets.keep
     server = SteeredQuicServer(
         worker,
         configuration=configuration,
@@ -454,5 +480,6 @@ async def serve(
         retry=retry,
         stream_handler=stream_handler,
     )
+    _make_full_collections_rare()
     server.start(listen)
     return server

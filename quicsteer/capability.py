@@ -24,6 +24,7 @@ from .triage import (
     Host,
     Probe,
     explain_bpf,
+    explain_group,
     explain_receive_buffer,
     explain_socket,
     explain_system,
@@ -37,6 +38,7 @@ __all__ = [
     "Capabilities",
     "Probe",
     "detect",
+    "explain_refusal",
     "probe_cbpf",
     "probe_ebpf",
     "probe_jit",
@@ -83,6 +85,11 @@ def refusal(mode: SteeringMode, system: str = sys.platform) -> Probe | None:
     probes = {SteeringMode.EBPF: probe_ebpf, SteeringMode.CBPF: probe_cbpf, SteeringMode.HASH: probe_reuseport}
     probe = probes[mode]()
     return None if probe.ok else probe
+
+
+def explain_refusal(mode: SteeringMode, error: KernelError) -> Probe:
+    """Return what it means that a group's program was refused, though the smaller one of a probe was not."""
+    return explain_group(mode, error, read_host())
 
 
 def probe_ebpf() -> Probe:

@@ -7,6 +7,8 @@ A worker says ``ready`` (it reads its established sockets), ``stopped`` (it no l
 (no connection is left), ``alive`` (an answer to ``ping``) and ``report`` with its figures (an answer to ``report``, and
 unasked before it ends). It is told to ``listen``, to ``stop`` with the seconds that its connections have to end,
 ``ping`` and ``report``.
+
+In a mode without steering the established sockets are the listeners: they too are read only after ``listen``.
 """
 
 import contextlib
@@ -14,7 +16,11 @@ import json
 import socket
 from typing import Any
 
+from .plain import read_object
+
 _MESSAGE_MAX = 64 * 1024
+_PACKETS_MAX = 1024
+"""Packets that are read at once: more than fit a socket's queue, so that only a peer that never stops is cut short."""
 
 
 class Channel:
@@ -33,9 +39,9 @@ class Channel:
         return True
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """Return the messages that have arrived, or ``None`` when the peer is gone and all were read."""
+        """Return messages that have arrived, or ``None`` when the peer is gone and all were read."""
         messages: list[dict[str, Any]] = []
-        while True:
+        for _ in range(_PACKETS_MAX):
             try:
                 packet = self.socket.recv(_MESSAGE_MAX)
             except BlockingIOError:
@@ -46,12 +52,11 @@ class Channel:
                 packet = b""
             if not packet:
                 return messages or None
-            with contextlib.suppress(
-                ValueError, TypeError
-            ):  # not ours: a message of another release is no reason to end
-                message = json.loads(packet)
-                if isinstance(message, dict) and isinstance(message.get("say"), str):
+            with contextlib.suppress(ValueError):  # a message of another release is no reason to end
+                message = read_object(packet)
+                if isinstance(message.get("say"), str):
                     messages.append(message)
+        return messages
 
     def close(self) -> None:
         """Close this end."""

@@ -1,7 +1,6 @@
 """What ``quicsteer check`` finds: which modes this host allows, whether they really steer, and who has an address."""
 
 import errno
-import importlib.metadata
 import os
 import platform
 import socket
@@ -11,12 +10,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import _kernel, ports
+from . import _kernel, advice, ports
 from .addresses import Address, BindAddress, format_address, resolve
 from .capability import detect
+from .counters import HostStats, read_host, read_udp_memory
 from .modes import SteeringMode
 from .proof import name_proof, prove
-from .triage import Probe
+from .triage import Probe, explain_classic_fix
+from .version import package_version
 
 WORKS, DOES_NOT_WORK, CANNOT_TELL = 0, 1, 2
 
@@ -80,7 +81,10 @@ def run_checks(bind: Address | Iterable[Address] | None = None, system: str = sy
         after.mode for before, after in zip(allowed.probes, probes, strict=True) if before.ok and after.ok is not False
     }
     mode = next((mode for mode in SteeringMode if mode in works), SteeringMode.SINGLE)
-    probes += [*probe_hash_seed(os.environ), *(probe_address(address) for address in addresses)]
+    if mode is SteeringMode.CBPF:
+        probes += probe_classic_fix(os.uname())
+    probes += [*explain_host(read_host(), read_udp_memory()), *probe_hash_seed(os.environ)]
+    probes += [*(probe_address(address) for address in addresses)]
     return Report(package_version(), platform.release(), mode, tuple(probes))
 
 
@@ -100,19 +104,31 @@ def exit_status(report: Report, required: SteeringMode | None = None) -> int:
     return CANNOT_TELL if None in answers else DOES_NOT_WORK
 
 
-def package_version() -> str:
-    """Return the version of the installed package."""
-    try:
-        return importlib.metadata.version("quicsteer")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def _prove(probe: Probe) -> Probe:
     """Replace the probe of a mode that steers by its proof, if the host allows the mode."""
     if probe.mode is None or not probe.mode.steers:
         return probe
     return prove(probe.mode) if probe.ok else replace(probe, name=name_proof(probe.mode))
+
+
+def explain_host(host: HostStats | None, memory: tuple[int, int, int] | None) -> list[Probe]:
+    """Say what UDP lost on this host since boot, with advice where memory is short; nothing without /proc."""
+    if host is None or memory is None:
+        return []
+    pages, pressure, most = memory
+    warnings = [sentence for sentence in (advice.udp_memory(*memory), advice.memory_errors(host)) if sentence]
+    detail = (
+        f"since boot {advice.count(host.rcvbuf_errors, 'datagram')} found no room in a receive buffer and "
+        f"{host.mem_errors:,} no memory; {pages} of {most} pages in use"
+    )
+    remedy = f"sysctl -w net.ipv4.udp_mem='{pressure} {2 * pressure} {2 * most}'" if warnings else ""
+    return [Probe("UDP on this host", True, " ".join([detail, *warnings]), remedy, warning=bool(warnings))]
+
+
+def probe_classic_fix(kernel: os.uname_result) -> list[Probe]:
+    """Warn when the kernel can be crashed by whoever replaces the classic program of a live group."""
+    probe = explain_classic_fix(kernel.release, kernel.version)
+    return [probe] if probe else []
 
 
 def probe_hash_seed(environment: Mapping[str, str]) -> list[Probe]:

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from .check import Report, exit_status, package_version, run_checks
-from .errors import QuicSteerError, ReceiveBufferWarning, SteeringFallbackWarning
+from .check import Report, exit_status, run_checks
+from .errors import ForeignConnectionIdWarning, QuicSteerError, ReceiveBufferWarning, SteeringFallbackWarning
 from .modes import SteeringMode
 from .triage import Probe
+from .version import package_version
 
 FAILED = 2
 
@@ -44,6 +45,8 @@ class Command(NamedTuple):
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    raw: bool = False
+    """Whether the command reads its arguments itself: they are ``options.arguments`` then."""
 
 
 class _CommandParser(argparse.ArgumentParser):
@@ -52,6 +55,8 @@ class _CommandParser(argparse.ArgumentParser):
         self._command = command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._command and self._command.raw:
+            return argparse.Namespace(arguments=list(args), command=self._command), []
         if self._command:
             self._command.add_arguments(self)
             self._command = None
@@ -63,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="quicsteer: %(message)s")
     try:
         with warnings.catch_warnings():
-            for said_by_the_log in (SteeringFallbackWarning, ReceiveBufferWarning):
+            for said_by_the_log in (SteeringFallbackWarning, ReceiveBufferWarning, ForeignConnectionIdWarning):
                 warnings.simplefilter("ignore", said_by_the_log)
             options = _parser().parse_args(arguments)
             status: int = options.command.run(options)
@@ -95,12 +100,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quicsteer", description="Kernel-level UDP datagram steering by connection ID for Python QUIC servers."
     )
-    parser.add_argument("--version", action="version", version=f"quicsteer {package_version()}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_CommandParser)
     for command in COMMANDS:
         added = commands.add_parser(command.name, help=command.help, command=command)
         added.set_defaults(command=command)
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints the version, which is only looked up then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"quicsteer {package_version()}")
+        parser.exit()
 
 
 def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -216,6 +229,14 @@ COMMANDS = (
     Command("check", "tell how this host can steer, and prove it", _add_check_arguments, _check),
     Command("demo", "show with QUIC over loopback what steering is worth", _add_demo_arguments, _run_demo),
     Command("run", "run a server as steered workers", _late("run", "add_arguments"), _late("run", "run")),
+    Command("stats", "show what the kernel did with datagrams", _late("stats", "add_arguments"), _late("stats", "run")),
+    Command(
+        "hypercorn",
+        "serve an ASGI application over HTTP/1.1, HTTP/2 and HTTP/3",
+        lambda parser: None,
+        _late("hypercorn", "run_command"),
+        raw=True,
+    ),
     Command(
         "reload",
         "replace the workers of a running service without losing a connection",

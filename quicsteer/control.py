@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import QuicSteerError
+from .plain import read_object
 
 _LINE_MAX = 64 * 1024
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED, unix(7)
@@ -64,13 +65,11 @@ class ControlServer:
         """
         prepare_directory(self.path.parent)
         if self.path.exists():
-            with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
-                try:
-                    probe.connect(str(self.path))
-                except OSError:
-                    self.path.unlink()
-                else:
-                    raise QuicSteerError(f"another process serves {self.path}: choose another one with --control")
+            if not self.path.is_socket():
+                raise QuicSteerError(f"{self.path} is no socket: choose another path with --control")
+            if _is_served(self.path):
+                raise QuicSteerError(f"another process serves {self.path}: choose another one with --control")
+            self.path.unlink(missing_ok=True)
         old_mask = os.umask(0o177)
         try:
             self._server = await asyncio.start_unix_server(self._serve, str(self.path), limit=_LINE_MAX)
@@ -86,15 +85,15 @@ class ControlServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            if not _may_command(writer.get_extra_info("socket")):
-                await _answer(writer, {"ok": False, "error": "only root and the supervisor's own user may command it"})
-                return
             try:
-                request = json.loads(await reader.readline())
-                if not isinstance(request, dict) or not isinstance(request.get("command"), str):
-                    raise ValueError("a request is a JSON object with a command")
+                line = await reader.readline()  # first of all: who is still sending would not hear the answer
+                if not _may_command(writer.get_extra_info("socket")):
+                    raise ValueError("only root and the supervisor's own user may command it")
+                request = read_object(line)
+                if not isinstance(request.get("command"), str):
+                    raise ValueError("it has no command")
             except ValueError as error:
-                await _answer(writer, {"ok": False, "error": f"the request cannot be read: {error}"})
+                await _answer(writer, {"ok": False, "error": f"the request is refused: {error}"})
                 return
             try:
                 async for answer in self._handler(request):
@@ -141,6 +140,18 @@ def command(path: Path, request: dict[str, Any], on_answer: Callable[[dict[str, 
     raise QuicSteerError(f"the supervisor at {path} ended before it answered")
 
 
+def _is_served(path: Path) -> bool:
+    """Tell whether somebody listens on a socket; when that cannot be told, somebody may."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
+        return True
+
+
 def find_socket(target: str | None) -> Path:
     """Return the control socket that a target means: a path, or the only one in the default directory.
 
@@ -150,6 +161,8 @@ def find_socket(target: str | None) -> Path:
     if target is not None:
         return Path(target)
     found = sorted(default_directory().glob("*.sock"))
+    if len(found) > 1:
+        found = [path for path in found if _is_served(path)] or found[:1]  # one that was killed leaves its socket
     if len(found) == 1:
         return found[0]
     if not found:

@@ -53,5 +53,9 @@ class SteeringFallbackWarning(RuntimeWarning):
     """``mode="auto"`` took another than the best mode; the text says which, what failed and what would fix it."""
 
 
+class ForeignConnectionIdWarning(RuntimeWarning):
+    """A server on a steered group seems to issue other connection IDs than the group's; the text says what shows it."""
+
+
 class ReceiveBufferWarning(RuntimeWarning):
     """The kernel gave less receive buffer than asked for; the text says how much and which sysctl limits it."""

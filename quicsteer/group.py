@@ -5,7 +5,6 @@ import os
 import secrets
 import socket
 import sys
-import threading
 import time
 import warnings
 import weakref
@@ -19,8 +18,17 @@ from .abi import CID_LENGTH_DEFAULT, TABLE_SIZE
 from .addresses import Address, BindAddress, format_address, resolve
 from .cid import Identity, generation_start
 from .counters import GroupStats, HostStats, read_host
-from .errors import KernelError, QuicSteerError, ReceiveBufferWarning, SteeringFallbackWarning, SteeringUnavailable
+from .errors import (
+    ForeignConnectionIdWarning,
+    KernelError,
+    QuicSteerError,
+    ReceiveBufferWarning,
+    SteeringFallbackWarning,
+    SteeringUnavailable,
+)
+from .foreign import ForeignIds
 from .handover import Place, WorkerState
+from .locks import ForkLock
 from .modes import SteeringMode
 from .options import AUTO, Layout, Options, SocketOption, check_options, check_range, spread
 from .sockets import (
@@ -35,6 +43,7 @@ from .sockets import (
     read_slots,
 )
 from .steering import is_refusal
+from .store import adopt_store, create_store
 from .worker import Worker
 
 _logger = logging.getLogger("quicsteer")
@@ -56,9 +65,12 @@ class SteeringGroup:
         self._parts = parts
         self._fallback = fallback
         self._mode = parts[0].steering.mode
-        self._lock = threading.RLock()
+        self._places = options.layout.places(self._mode.steers)
+        self._lock = ForkLock()
+        self._foreign = ForeignIds()
         self._closed = False
         self._handed_out: weakref.WeakSet[Worker] = weakref.WeakSet()
+        self._store = create_store() if past is None else adopt_store(past["store"])
         if past is None:
             self._host = read_host()
             self._first_counts = [int.from_bytes(secrets.token_bytes(4), "big") for _ in slots]
@@ -218,12 +230,24 @@ class SteeringGroup:
     def stats(self) -> GroupStats:
         """Return what the kernel did with the group's datagrams so far.
 
+        Warns:
+            ForeignConnectionIdWarning: once, when a server seems to issue other connection IDs than the group's. Read
+                the figures every few seconds to hear of it; ``quicsteer run`` does.
+
         Raises:
             QuicSteerError: the group is closed.
         """
+        stats = self._read_stats()
+        text = self._foreign.look(stats)
+        if text:
+            _logger.warning("%r: %s", self, text)
+            _warn(text, ForeignConnectionIdWarning)
+        return stats
+
+    def _read_stats(self) -> GroupStats:
         with self._lock:
             self._check_open()
-            slots = [stats for part in self._parts for stats in read_slots(part)]
+            slots = [stats for part in self._parts for stats in read_slots(part, self._places)]
             host = read_host()
             return GroupStats(
                 mode=self._mode,
@@ -248,16 +272,28 @@ class SteeringGroup:
         Workers in other processes keep their sockets, and the kernel the program, until the last of them ends.
         """
         if os.getpid() == self.pid:
-            for worker in list(self._handed_out):
-                worker.close()
-        self.leave_child()
+            self._close_workers()
+        self._close_own()
 
-    def leave_child(self) -> None:
-        """Close this process's copies of the group's own sockets and program."""
+    def leave_child(self, worker: Worker) -> None:
+        """Close this process's copies of the group's sockets and program, and of all workers but one."""
+        self._close_workers(besides=worker)
+        self._close_own()
+
+    def _close_workers(self, besides: Worker | None = None) -> None:
+        with self._lock:
+            workers = list(self._handed_out)
+        for worker in workers:
+            if worker is not besides:
+                worker.close()
+
+    def _close_own(self) -> None:
         with self._lock:
             self._closed = True
             for part in self._parts:
                 part.close()
+            if self._store:
+                self._store.close()
 
     def next_identity(self, slot: int) -> Identity:
         """Return the identity for one more process that takes over a slot."""
@@ -283,6 +319,7 @@ class SteeringGroup:
             self._options.keys,
             listeners=tuple(part.sockets[listener] for part in self._parts for listener in listeners),
             established=tuple(part.sockets[self._socket_of(slot)] for part in self._parts),
+            store=self._store,
         )
         worker = Worker(state, owner=self)
         self._handed_out.add(worker)
@@ -304,9 +341,11 @@ class SteeringGroup:
                     "host": asdict(self._host) if self._host else None,
                     "first_counts": self._first_counts,
                     "generations": self._generations,
+                    "store": self._store.descriptor if self._store else None,
                 },
             }
-            return state, [descriptor for part in self._parts for descriptor in part.descriptors()]
+            descriptors = [descriptor for part in self._parts for descriptor in part.descriptors()]
+            return state, [*descriptors, self._store.descriptor] if self._store else descriptors
 
     @classmethod
     def adopt(cls, state: dict[str, Any]) -> "SteeringGroup":
@@ -350,7 +389,7 @@ def _open_best(
             except KernelError as error:
                 if not is_refusal(error):
                     raise
-                refusal = capability.Probe(str(mode), False, str(error))
+                refusal = capability.explain_refusal(mode, error)
         if options.mode:
             raise SteeringUnavailable(str(mode), refusal.detail, refusal.remedy)
         refusals.append(refusal)
@@ -393,4 +432,4 @@ def _warn(text: str, category: type[Warning]) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         frame = frame.f_back
         depth += 1
-    warnings.warn(text, category, stacklevel=depth - 1)
+    warnings.warn(text, category, stacklevel=depth)

@@ -1,6 +1,7 @@
 """How a worker's state travels to another program: sockets by the LISTEN_FDS convention, secrets in a sealed memfd."""
 
 import fcntl
+import itertools
 import json
 import os
 import pwd
@@ -11,11 +12,14 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from . import _kernel
+from .abi import CID_LENGTH_MAX, CID_LENGTH_MIN
 from .addresses import format_address
 from .channel import Channel
 from .cid import GroupKeys, Identity
 from .errors import QuicSteerError
 from .modes import SteeringMode
+from .plain import read_object
+from .store import SharedStore
 
 STATE_VARIABLE = "QUICSTEER_FD"
 """Environment variable with the number of the descriptor that holds a worker's state."""
@@ -41,14 +45,19 @@ class Place:
 
 @dataclass(frozen=True)
 class WorkerState:
-    """All that makes a worker. The ``channel`` leads to its supervisor, if it has one."""
+    """All that makes a worker. The ``channel`` leads to its supervisor, if it has one.
+
+    ``descriptors`` are others that a program was started with, for a purpose of its own.
+    """
 
     place: Place
     identity: Identity
     keys: GroupKeys
     listeners: Sockets
     established: Sockets
+    store: SharedStore | None = None
     channel: Channel | None = None
+    descriptors: tuple[int, ...] = ()
 
     @property
     def sockets(self) -> Sockets:
@@ -70,6 +79,7 @@ class WorkerState:
                         "a forked child serves one worker"
                     )
                 copies[sock] = sock.dup()
+            store = self.store.duplicate() if self.store else None
         except BaseException:
             for copy in copies.values():
                 copy.close()
@@ -78,22 +88,23 @@ class WorkerState:
             self,
             listeners=tuple(copies[sock] for sock in self.listeners),
             established=tuple(copies[sock] for sock in self.established),
+            store=store,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Sockets can only be pickled while multiprocessing starts a process: a state never lies in a file.
         channel = self.channel.socket if self.channel else None
         arguments = (astuple(self.place), tuple(self.identity), self.keys.steering)
-        return _rebuild, (*arguments, self.listeners, self.established, channel)
+        return _rebuild, (*arguments, self.listeners, self.established, self.store, channel)
 
 
 def _rebuild(
     place: tuple[int, int, SteeringMode],
     identity: tuple[int, int, int, int],
     key: bytes,
-    *sockets: Any,
+    *shared: Any,
 ) -> WorkerState:
-    listeners, established, channel = sockets
+    listeners, established, store, channel = shared
     for sock in (*listeners, *established):
         sock.setblocking(False)
     return WorkerState(
@@ -102,6 +113,7 @@ def _rebuild(
         GroupKeys.from_key(key),
         listeners,
         established,
+        store,
         Channel(channel) if channel else None,
     )
 
@@ -112,6 +124,8 @@ def start_program(
     env: Mapping[str, str] | None,
     user: str | int | None,
     group: int | None,
+    *,
+    descriptors: Sequence[int] = (),
 ) -> int:
     """Start a program that takes a worker over with ``take_over()``; return its pid.
 
@@ -125,10 +139,14 @@ def start_program(
     program = shutil.which(os.fsdecode(command[0]), path=(env or os.environ).get("PATH", os.defpath))
     uid, gid = _user_ids(user, group)
     sockets = state.sockets
-    passed = [sock.fileno() for sock in sockets] + ([state.channel.socket.fileno()] if state.channel else [])
+    passed = [*(sock.fileno() for sock in sockets), *descriptors]
+    if state.store:
+        passed.append(state.store.descriptor)
+    if state.channel:
+        passed.append(state.channel.socket.fileno())
     memory = os.memfd_create("quicsteer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.write(memory, _dump(state, sockets))
+        os.write(memory, _dump(state, sockets, len(descriptors)))
         fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _all_seals())
         names = ":".join("established" if sock in state.established else "listener" for sock in sockets)
         environment = {
@@ -166,20 +184,49 @@ def take_over() -> WorkerState | None:
             f"LISTEN_PID is {variables['LISTEN_PID']!r}, this process is {os.getpid()}: "
             "start the server itself, not by a wrapper that forks"
         )
-    state = _read_state(variables[STATE_VARIABLE])
-    sockets = _adopt_sockets(variables["LISTEN_FDS"], state["addresses"])
+    number = variables[STATE_VARIABLE]
+    state = _read_state(number)
+    try:
+        return _adopt(state, variables["LISTEN_FDS"], int(number))
+    except (LookupError, TypeError, ValueError, OverflowError, StopIteration, OSError) as error:
+        # Nothing of the state is told: the key is in it.
+        raise QuicSteerError(f"the state in descriptor {number} is damaged ({type(error).__name__})") from None
+
+
+def _adopt(state: dict[str, Any], socket_count: str, last: int) -> WorkerState:
+    """Make a worker's state of what was passed: descriptors from 3 up to the one before ``last``."""
+    sockets = _adopt_sockets(socket_count, state["addresses"])
     index, bank, mode = state["place"]
+    further = iter(range(_LISTEN_FIRST + len(sockets), last))
+    descriptors = tuple(itertools.islice(further, state["descriptors"]))
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
     return WorkerState(
-        Place(index, bank, SteeringMode(mode)),
-        Identity(*state["identity"]),
+        Place(_count(index), _count(bank), SteeringMode(mode)),
+        _read_identity(state["identity"]),
         GroupKeys.from_key(bytes.fromhex(state["key"])),
         tuple(sockets[i] for i in state["listeners"]),
         tuple(sockets[i] for i in state["established"]),
-        _adopt_channel(_LISTEN_FIRST + len(sockets)) if state["channel"] else None,
+        _adopt_store(next(further)) if state["store"] else None,
+        _adopt_channel(next(further)) if state["channel"] else None,
+        descriptors,
     )
 
 
-def _dump(state: WorkerState, sockets: Sockets) -> bytes:
+def _read_identity(values: list[int]) -> Identity:
+    identity = Identity(*map(_count, values))
+    if identity.slot >= identity.slots or not CID_LENGTH_MIN <= identity.length <= CID_LENGTH_MAX:
+        raise ValueError("there is no such slot or length")
+    return identity
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+        raise ValueError("it is no count")
+    return value
+
+
+def _dump(state: WorkerState, sockets: Sockets, descriptors: int) -> bytes:
     return json.dumps(
         {
             "version": _STATE_VERSION,
@@ -189,6 +236,8 @@ def _dump(state: WorkerState, sockets: Sockets) -> bytes:
             "listeners": [sockets.index(sock) for sock in state.listeners],
             "established": [sockets.index(sock) for sock in state.established],
             "addresses": [format_address(sock.getsockname()) for sock in sockets],
+            "descriptors": descriptors,
+            "store": state.store is not None,
             "channel": state.channel is not None,
         }
     ).encode()
@@ -217,21 +266,21 @@ def _read_state(number: str) -> dict[str, Any]:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         data = os.pread(fd, _STATE_SIZE_MAX, 0)
         os.close(fd)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise QuicSteerError(f"{STATE_VARIABLE} is {number!r}, which is no descriptor of a worker: {error}") from error
     if seals != _all_seals():
         raise QuicSteerError(f"{STATE_VARIABLE} is {number!r}: that memory is not sealed")
     try:
-        state = json.loads(data)
-        version = state["version"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise QuicSteerError(f"the state in descriptor {number} cannot be read") from error
+        state = read_object(data)
+    except ValueError as error:
+        raise QuicSteerError(f"the state in descriptor {number} cannot be read: {error}") from None
+    version = state.get("version")
     if version != _STATE_VERSION:
         raise QuicSteerError(
             f"the state in descriptor {number} has version {version}, this quicsteer reads {_STATE_VERSION}: "
             "run the same release on both sides"
         )
-    return dict(state)
+    return state
 
 
 def _adopt_sockets(count: str, addresses: list[str]) -> Sockets:
@@ -251,6 +300,14 @@ def _adopt_sockets(count: str, addresses: list[str]) -> Sockets:
         sock.setblocking(False)
         sockets.append(sock)
     return tuple(sockets)
+
+
+def _adopt_store(number: int) -> SharedStore:
+    try:
+        os.set_inheritable(number, False)
+        return SharedStore(number)
+    except (OSError, ValueError) as error:
+        raise QuicSteerError(f"descriptor {number} is no store of a group: {error}") from error
 
 
 def _adopt_channel(number: int) -> Channel:

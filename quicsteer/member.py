@@ -28,6 +28,16 @@ class State(enum.StrEnum):
     """It takes no new connection and ends when none is left."""
 
 
+@dataclass(frozen=True)
+class Post:
+    """What a worker is there for: its slots, and the generation that it belongs to."""
+
+    index: int
+    bank: int
+    listeners: tuple[int, ...]
+    generation: int
+
+
 @dataclass(eq=False)
 class Member:
     """One worker process."""
@@ -35,6 +45,7 @@ class Member:
     index: int
     bank: int
     listeners: tuple[int, ...]
+    generation: int
     pid: int
     pidfd: int
     channel: Channel
@@ -50,11 +61,17 @@ class Member:
     leaving: bool = False
     """Whether it was told to end, so that nobody is started in its place."""
 
+    @property
+    def post(self) -> Post:
+        return Post(self.index, self.bank, self.listeners, self.generation)
+
     def __str__(self) -> str:
         return f"worker {self.index} (pid {self.pid}, bank {self.bank})"
 
     def kill(self, number: signal.Signals) -> None:
-        """Send a signal to this very process, never to another that got its pid."""
+        """Send a signal to this very process, never to another that got its pid, or the number of its pidfd."""
+        if self.exited.done():
+            return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 

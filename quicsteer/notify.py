@@ -5,6 +5,12 @@ import os
 import socket
 import time
 
+SERVICE_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+"""What the service manager puts into the environment for us, and for no process of ours."""
+
+SEND_TIMEOUT = 5.0
+"""Seconds that a busy service manager may take to make room for a message; then the message is lost."""
+
 
 class ServiceManager:
     """The service manager that started this process, if there is one.
@@ -13,7 +19,8 @@ class ServiceManager:
     """
 
     def __init__(self) -> None:
-        self._address = os.environ.get("NOTIFY_SOCKET", "").replace("@", "\0", 1)
+        address = os.environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
         microseconds = os.environ.get("WATCHDOG_USEC", "")
         for_us = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog = int(microseconds) / 1e6 if microseconds.isdigit() and for_us else None
@@ -43,4 +50,5 @@ class ServiceManager:
             return
         # It may have gone away; the service goes on.
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.settimeout(SEND_TIMEOUT)
             sock.sendto("\n".join(lines).encode(), self._address)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from .abi import CID_LENGTH_MAX, CID_LENGTH_MIN, KEY_LENGTH, SLOTS_MAX, TABLE_SIZE
 from .cid import GroupKeys
+from .counters import Place
 from .decision import Rules
 from .modes import SteeringMode
 
@@ -35,6 +36,15 @@ class Layout(NamedTuple):
         """Return the established slots of a bank."""
         first = self.established(0, bank)
         return range(first, first + self.workers)
+
+    def places(self, steers: bool) -> list[Place]:
+        """Return whose slot each one is: without steering there are only sockets that take everything."""
+        if not self.split or not steers:
+            return [Place(index, "both", None) for index in range(self.workers)]
+        listeners = [Place(index, "listener", None) for index in range(self.workers)]
+        return listeners + [
+            Place(index, "established", bank) for bank in range(self.banks) for index in range(self.workers)
+        ]
 
 
 class Options(NamedTuple):

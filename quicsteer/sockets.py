@@ -8,13 +8,13 @@ import contextlib
 import errno
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from . import _kernel
 from .abi import Outcome
 from .addresses import BindAddress, format_address
-from .counters import DropCounter, SlotStats, read_slot
+from .counters import DropCounter, Place, SlotStats, read_socket
 from .decision import Rules
 from .errors import KernelError
 from .modes import SteeringMode
@@ -172,7 +172,7 @@ def open_slot(sock: socket.socket, counter: DropCounter) -> None:
     if not counter.parked:
         return
     if sys.platform == "linux":
-        _drain(sock)
+        counter.swallowed += _drain(sock)
         _update(sock, counter)
         _kernel.open_filter(sock.fileno())
     counter.parked = False
@@ -184,7 +184,7 @@ def park_slot(sock: socket.socket, counter: DropCounter) -> None:
     _update(sock, counter)
     _kernel.close_filter(sock.fileno())
     counter.parked = True
-    _drain(sock)
+    counter.swallowed += _drain(sock)
 
 
 def _update(sock: socket.socket, counter: DropCounter) -> None:
@@ -192,13 +192,15 @@ def _update(sock: socket.socket, counter: DropCounter) -> None:
         counter.update(_kernel.read_meminfo(sock.fileno())[2])
 
 
-def _drain(sock: socket.socket) -> None:
-    """Empty the queue of a socket that takes no new datagrams."""
+def _drain(sock: socket.socket) -> int:
+    """Empty the queue of a socket that takes no new datagrams; return how many there were."""
+    count = 0
     while True:
         try:
             sock.recv(_DATAGRAM_MAX)
+            count += 1
         except BlockingIOError:
-            return
+            return count
         except OSError:
             continue  # a pending ICMP error, which recv reports once
 
@@ -211,11 +213,15 @@ def queued_bytes(sock: socket.socket) -> int:
         return 0
 
 
-def read_slots(part: AddressSockets) -> Iterator[SlotStats]:
-    address = part.address
-    for slot, (sock, counter) in enumerate(zip(part.sockets, part.counters, strict=True)):
-        outcomes = part.steering.read_counters(slot) or _UNKNOWN
-        yield read_slot(slot, address, sock.fileno(), counter, outcomes)
+def read_slots(part: AddressSockets, places: Sequence[Place]) -> list[SlotStats]:
+    """Read the sockets of an address and bring their drop counters up to date."""
+    address, read_counters = part.address, part.steering.read_counters
+    slots = []
+    for slot, (sock, counter, place) in enumerate(zip(part.sockets, part.counters, places, strict=True)):
+        parked, dropped, swallowed, queued, buffer = read_socket(sock.fileno(), counter)
+        outcomes = read_counters(slot) or _UNKNOWN
+        slots.append(SlotStats(slot, address, *place, parked, dropped, swallowed, queued, buffer, *outcomes))
+    return slots
 
 
 def read_sinks(parts: list[AddressSockets]) -> int | None:

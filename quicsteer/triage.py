@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shlex
 import signal
 from collections.abc import Mapping
@@ -32,6 +33,13 @@ SMALL_DATAGRAM_BYTES = 832
 
 RECEIVE_BUFFER_WISH = 4 << 20
 """Bytes that net.core.rmem_max should allow: some 10,000 small datagrams fit then, 0.1 s of 100,000 a second."""
+
+_CLASSIC_FIXES = {(5, 10): 259, (6, 1): 176, (6, 12): 94}
+"""First releases of long-lived kernels that free classic programs of groups safely (CVE-2026-52910)."""
+
+_CLASSIC_FIX_EVERYWHERE = (7, 2)
+_RELEASE = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+_DEBIAN_RELEASE = re.compile(r"Debian (\d+)\.(\d+)\.(\d+)")
 
 _NAMES = {
     SteeringMode.EBPF: "eBPF steering",
@@ -128,6 +136,13 @@ def explain_bpf(answers: Mapping[str, int], host: Host, failure: KernelError | N
         call, number = failure.call if failure else "bpf(BPF_PROG_LOAD)", answers["program"]
         cause = _explain_program(number, host, failure)
     return _refused(SteeringMode.EBPF, number, call, cause)
+
+
+def explain_group(mode: SteeringMode, error: KernelError, host: Host) -> Probe:
+    """Return what it means that the maps or the program of a whole group are refused."""
+    if error.errno == errno.EPERM and error.call.startswith("bpf("):
+        return _refused(mode, errno.EPERM, error.call, _explain_denial(host))
+    return mode_probe(mode, False, str(error))
 
 
 def _refused(mode: SteeringMode, number: int, call: str, cause: _Cause) -> Probe:
@@ -281,6 +296,27 @@ def explain_receive_buffer(default: int, largest: int) -> Probe:
     if limit >= RECEIVE_BUFFER_WISH:
         return Probe("receive buffer", True, detail)
     return Probe("receive buffer", True, detail, "sysctl -w net.core.rmem_max=8388608", warning=True)
+
+
+def explain_classic_fix(release: str, build: str) -> Probe | None:
+    """Return a warning where any local user may crash the kernel with classic programs, or ``None`` where not.
+
+    ``release`` and ``build`` are as uname(2) has them: Debian names the upstream release in the latter only.
+    """
+    found = _DEBIAN_RELEASE.search(build) or _RELEASE.match(release)
+    major, minor, patch = map(int, found.groups()) if found else (0, 0, 0)
+    fixed = _CLASSIC_FIXES.get((major, minor))
+    if (major, minor) >= _CLASSIC_FIX_EVERYWHERE or (fixed is not None and patch >= fixed):
+        return None
+    name = f"{major}.{minor}.{patch}" if found else release
+    certain = "lacks" if fixed is not None and _DEBIAN_RELEASE.search(build) else "may lack"
+    detail = (
+        f"Linux {name} {certain} the fix for CVE-2026-52910: who replaces the classic program of a group that gets "
+        "datagrams can crash the host, without privileges. quicsteer never replaces one"
+    )
+    known = ", ".join(f"{major}.{minor}.{patch}" for (major, minor), patch in _CLASSIC_FIXES.items())
+    remedy = f"kernel: {known}, or {'.'.join(map(str, _CLASSIC_FIX_EVERYWHERE))} and later"
+    return Probe("kernel fix", True, detail, remedy, warning=True)
 
 
 def explain_system(system: str) -> Probe:

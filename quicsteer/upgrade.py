@@ -12,13 +12,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from .channel import Channel
 from .errors import QuicSteerError
 from .group import SteeringGroup
-from .member import Member, State
+from .member import Member, State, describe_status
+from .plain import read_object
 from .supervisor import Supervisor
 
 STATE_VARIABLE = "QUICSTEER_UPGRADE_FD"
@@ -49,33 +52,47 @@ class SavedState:
         supervisor.adopt([_load_member(member) for member in saved["members"]], saved)
 
 
-def replace_process(supervisor: Supervisor) -> None:
+async def replace_process(supervisor: Supervisor, descriptors: Iterable[int] = ()) -> None:
     """Execute the program of this process anew; returns only by an exception, when the new one is not fit.
 
+    ``descriptors`` stay open besides.
+
     Raises:
-        QuicSteerError: a reload is running, or the new program cannot take over; nothing has changed.
+        QuicSteerError: workers start or end just now, or the new program cannot take over; nothing has changed.
+        OSError: no descriptor or memory left.
     """
-    if supervisor.reloading:
-        raise QuicSteerError("a reload is running: wait for its end")
-    members = supervisor.members
-    if any(member.state is State.STARTING for member in members):
-        raise QuicSteerError("workers are starting: wait until they are ready")
-    group, descriptors = supervisor.group.dump()
-    for member in members:
-        descriptors += [member.pidfd, member.channel.socket.fileno()]
-    state = {
-        "version": _STATE_VERSION,
-        "group": group,
-        "supervisor": {**supervisor.dump(), "members": [_dump_member(member) for member in members]},
-    }
-    memory = os.memfd_create("quicsteer-upgrade", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.write(memory, json.dumps(state).encode())
-        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        _ask_new_program(memory)
-        _execute([*descriptors, memory], memory)
-    finally:
-        os.close(memory)
+    with _Memory(supervisor) as memory:
+        await _ask_new_program(memory.descriptor)
+    with _Memory(supervisor) as memory:  # things may have changed meanwhile
+        _execute([*memory.needed, *descriptors, memory.descriptor], memory.descriptor)
+
+
+class _Memory:
+    """A sealed memfd with the state of a supervisor, and the descriptors that the state ``needed``."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        if supervisor.busy:
+            raise QuicSteerError(supervisor.busy)
+        members = supervisor.members
+        if any(member.state in (State.STARTING, State.READY) for member in members):
+            raise QuicSteerError("workers are starting")
+        group, self.needed = supervisor.group.dump()
+        for member in members:
+            self.needed += [member.pidfd, member.channel.socket.fileno()]
+        state = {
+            "version": _STATE_VERSION,
+            "group": group,
+            "supervisor": {**supervisor.dump(), "members": [_dump_member(member) for member in members]},
+        }
+        self.descriptor = os.memfd_create("quicsteer-upgrade", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.write(self.descriptor, json.dumps(state).encode())
+        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+
+    def __enter__(self) -> "_Memory":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self.descriptor)
 
 
 def is_check() -> bool:
@@ -108,23 +125,40 @@ def _command_line() -> list[str]:
     return [sys.executable, *sys.orig_argv[1:]]
 
 
-def _ask_new_program(memory: int) -> None:
+async def _ask_new_program(memory: int) -> None:
+    """Start the new program to say if it can read the state; the workers are looked after meanwhile."""
     environment = {**os.environ, STATE_VARIABLE: str(memory), CHECK_VARIABLE: "1"}
+    with tempfile.TemporaryFile() as output:
+        try:
+            process = subprocess.Popen(  # noqa: S603  # our own command line
+                _command_line(), env=environment, pass_fds=[memory], stdout=output, stderr=output
+            )
+        except OSError as error:
+            raise QuicSteerError(f"the new program does not start: {error}") from error
+        try:
+            await _await_exit(process.pid, CHECK_TIMEOUT)
+        except TimeoutError as error:
+            raise QuicSteerError(f"the new program says nothing for {CHECK_TIMEOUT:g} s") from error
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            output.seek(0)
+            lines = output.read().decode(errors="replace").split("\n")
+            last = next((line for line in reversed(lines) if line.strip()), describe_status(process.returncode))
+            raise QuicSteerError(f"the new program cannot take over: {last}")
+
+
+async def _await_exit(pid: int, timeout: float) -> None:
+    loop = asyncio.get_running_loop()
+    exited = asyncio.Event()
+    pidfd = os.pidfd_open(pid)
+    loop.add_reader(pidfd, exited.set)
     try:
-        done = subprocess.run(  # noqa: S603  # our own command line
-            _command_line(),
-            env=environment,
-            pass_fds=[memory],
-            capture_output=True,
-            text=True,
-            timeout=CHECK_TIMEOUT,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise QuicSteerError(f"the new program does not start: {error}") from error
-    if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"it ended with {done.returncode}"]
-        raise QuicSteerError(f"the new program cannot take over: {lines[-1]}")
+        await asyncio.wait_for(exited.wait(), timeout)
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
 
 
 def _execute(descriptors: list[int], memory: int) -> None:
@@ -144,15 +178,15 @@ def _execute(descriptors: list[int], memory: int) -> None:
 
 def _read_state(number: str) -> dict[str, Any]:
     try:
-        state = json.loads(os.pread(int(number), _STATE_SIZE_MAX, 0))
-        version = state["version"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        state = read_object(os.pread(int(number), _STATE_SIZE_MAX, 0))
+    except (OSError, ValueError, OverflowError) as error:
         raise QuicSteerError(f"{STATE_VARIABLE} is {number!r}, which is no state of a supervisor: {error}") from error
+    version = state.get("version")
     if version != _STATE_VERSION:
         raise QuicSteerError(
             f"the running supervisor's state has version {version}, this program reads {_STATE_VERSION}"
         )
-    return dict(state)
+    return state
 
 
 def _dump_member(member: Member) -> dict[str, Any]:
@@ -160,6 +194,7 @@ def _dump_member(member: Member) -> dict[str, Any]:
         "index": member.index,
         "bank": member.bank,
         "listeners": member.listeners,
+        "generation": member.generation,
         "pid": member.pid,
         "pidfd": member.pidfd,
         "channel": member.channel.socket.fileno(),
@@ -179,6 +214,7 @@ def _load_member(saved: dict[str, Any]) -> Member:
         saved["index"],
         saved["bank"],
         tuple(saved["listeners"]),
+        saved["generation"],
         saved["pid"],
         saved["pidfd"],
         Channel(channel),
@@ -191,4 +227,6 @@ def _load_member(saved: dict[str, Any]) -> Member:
         leaving=saved["leaving"],
     )
     member.ready.set_result(None)
+    if member.state is State.DRAINING:
+        member.stopped.set_result(None)
     return member

@@ -1,7 +1,6 @@
 """What a worker is given: its sockets, its connection IDs, its secrets."""
 
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -10,7 +9,9 @@ from .channel import Channel
 from .cid import ConnectionIds, Identity
 from .errors import QuicSteerError
 from .handover import Socket, Sockets, WorkerState, start_program, take_over
+from .locks import ForkLock
 from .modes import SteeringMode
+from .store import SharedStore
 
 
 class Owner(Protocol):
@@ -18,8 +19,8 @@ class Owner(Protocol):
 
     pid: int
 
-    def leave_child(self) -> None:
-        """Close this process's copies of the group: it is a forked child and has what it needs."""
+    def leave_child(self, worker: "Worker") -> None:
+        """Close this process's copies of all but one worker: it is a forked child and has what it needs."""
 
     def next_identity(self, slot: int) -> Identity:
         """Return the identity for one more process that takes over a slot."""
@@ -40,7 +41,7 @@ class Worker:
         self._taken = owner is None
         self._closed = False
         self._greeted = False
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._connection_ids = ConnectionIds(state.keys, state.identity)
 
     def __repr__(self) -> str:
@@ -75,6 +76,23 @@ class Worker:
     def token_secret(self) -> bytes:
         """32 secret bytes, the same in all workers of the group, to key address validation tokens with."""
         return self._state.keys.token_secret
+
+    @property
+    def store(self) -> SharedStore:
+        """A small table that all workers of the group share, where what is taken is gone: for session tickets.
+
+        Raises:
+            QuicSteerError: the group has none, where memory cannot be shared (memfd_create(2)).
+        """
+        store = self._take().store
+        if store is None:
+            raise QuicSteerError(f"{self!r} has no store")
+        return store
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What ``spawn()`` was told to pass to this process besides; they belong to whoever uses them."""
+        return self._state.descriptors
 
     @property
     def established(self) -> Sockets:
@@ -136,6 +154,8 @@ class Worker:
             if self._taken:
                 for sock in self._state.sockets:
                     sock.close()
+                if self._state.store:
+                    self._state.store.close()
             if self._state.channel:
                 self._state.channel.close()
 
@@ -153,7 +173,7 @@ class Worker:
                 self._state = self._state.duplicate()
                 self._taken = True
                 if os.getpid() != self._owner.pid:
-                    self._owner.leave_child()
+                    self._owner.leave_child(self)
             self._greet()
             return self._state
 
@@ -164,7 +184,9 @@ class Worker:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise QuicSteerError(f"{self!r} is closed")
+            in_child = self._owner is not None and os.getpid() != self._owner.pid
+            why = "; a forked child serves one worker" if in_child else ""
+            raise QuicSteerError(f"{self!r} is closed in this process{why}")
 
     def _state_to_hand_over(self) -> WorkerState:
         """Return the state for one more process, with a range of connection IDs of its own."""
@@ -182,12 +204,14 @@ class Worker:
         env: Mapping[str, str] | None = None,
         user: str | int | None = None,
         group: int | None = None,
+        descriptors: Sequence[int] = (),
     ) -> int:
         """Start a program that takes this worker over with ``Worker.inherited()``; return its pid.
 
         The sockets are passed as 3, 4, ... by the LISTEN_FDS convention (sd_listen_fds(3)), the secrets in a sealed
         memfd. ``env`` is the environment (this process's by default). With ``user`` the program runs as that user and
-        with no capability; ``group`` is a gid, the user's own by default. The caller waits for the process.
+        with no capability; ``group`` is a gid, the user's own by default. ``descriptors`` of this process are passed
+        besides, and found there in ``worker.descriptors``. The caller waits for the process.
 
         Raises:
             KernelError: a call failed in the child or here; nothing is left behind.
@@ -195,7 +219,7 @@ class Worker:
             QuicSteerError: the worker is closed.
         """
         with self._lock:
-            return start_program(self._state_to_hand_over(), arguments, env, user, group)
+            return start_program(self._state_to_hand_over(), arguments, env, user, group, descriptors=descriptors)
 
     @classmethod
     def inherited(cls) -> "Worker | None":

@@ -8,6 +8,8 @@ import pytest
 
 from quicsteer import SteeringMode, capability
 
+pytest_plugins = ["quicsteer.testing", "pytester"]
+
 REQUIRE_KERNEL = os.environ.get("QUICSTEER_REQUIRE_KERNEL") == "1"
 
 

@@ -84,6 +84,7 @@ def test_the_report_for_people_has_the_shape_that_was_promised(
     body, closing = output.out.split("\n\n")
     starts = [line for line in body.splitlines() if not line.startswith(" ")]
     wanted = ["Linux ", "shared port ", "classic BPF steers ", "eBPF steers ", "BPF compiler ", "receive buffer "]
+    wanted.append("UDP on this host ")
     assert all(re.match(rf"(ok  |warn|\?   )  {name}", line) for name, line in zip(wanted, starts, strict=True))
     assert all(len(line) <= 100 for line in output.out.splitlines())
     assert "\033" not in output.out

@@ -2,8 +2,10 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,3 +67,26 @@ def test_a_refused_map_names_the_call_and_leaves_nothing(ebpf: SteeringMode) -> 
         _kernel.load_program(bytes(16), cid_length=8, listeners=1, slots=2**32 - 2, drop_invalid=False)
     assert caught.value.call == "bpf(BPF_MAP_CREATE)"
     assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ('int counter; SEC("sk_reuseport") int f(void *md) { counter++; return 1; }', r"section \.bss"),
+        ('int counter = 1; SEC("sk_reuseport") int f(void *md) { counter++; return 1; }', r"section \.data"),
+        (
+            '__attribute__((noinline)) static int g(int x) { asm volatile(""); return x + 1; }'
+            'SEC("sk_reuseport") int f(void *md) { return g(1); }',
+            r"section \.text|subprogram",
+        ),
+    ],
+)
+def test_an_object_that_the_loader_cannot_load_is_refused(source: str, reason: str, tmp_path: Path) -> None:
+    build = runpy.run_path(str(ROOT / "bpf" / "build.py"))
+    program = tmp_path / "other.c"
+    program.write_text(f"#include <linux/bpf.h>\n#include <bpf/bpf_helpers.h>\n{source}\n")
+    multiarch = sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu"
+    flags = ["-O2", "-g", "--target=bpf", f"-I/usr/include/{multiarch}"]
+    subprocess.run([build["CLANG"], *flags, "-c", program, "-o", tmp_path / "other.o"], check=True)
+    with pytest.raises(build["Unloadable"], match=reason):
+        build["read_object"](tmp_path / "other.o")

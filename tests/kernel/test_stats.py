@@ -7,28 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from readouts import overflow
 from steer import receive_all, short_header, worker_sockets
 
-from quicsteer import GroupStats, SteeringGroup, SteeringMode, Worker
+from quicsteer import SteeringGroup, SteeringMode
 from quicsteer.counters import DropCounter
-
-
-def overflow(group: SteeringGroup, worker: Worker, lost: int, client: socket.socket) -> int:
-    """Fill a worker's queue, then send ``lost`` datagrams more; return how many the queue holds."""
-    address = group.addresses[0]
-    datagram = short_header(worker.connection_ids.issue(), 1200)
-    held = 0
-    before = dropped(group.stats(), worker.slot)
-    while dropped(group.stats(), worker.slot) == before:
-        client.sendto(datagram, address)
-        held += 1
-    for _ in range(lost - 1):
-        client.sendto(datagram, address)
-    return held - 1
-
-
-def dropped(stats: GroupStats, slot: int) -> int:
-    return sum(entry.dropped or 0 for entry in stats.slots if entry.slot == slot)
 
 
 def test_a_known_overflow_is_read_back_exactly(any_mode: SteeringMode, client: socket.socket) -> None:
@@ -84,7 +67,8 @@ def test_a_snapshot_is_immutable_and_plain_in_json(any_mode: SteeringMode) -> No
             stats.sink = 5  # type: ignore[misc]
         shown = json.loads(json.dumps(stats.to_dict()))
         assert shown["mode"] == any_mode
-        assert list(shown) == ["mode", "time", "fallback", "outcomes", "dropped", "sink", "host", "slots"]
+        names = "time mode fallback outcomes dropped parked sink sink_outcomes host slots"
+        assert list(shown) == names.split()
         assert shown["slots"][0]["address"] == list(group.addresses[0])
 
 

@@ -4,6 +4,7 @@ Most tests talk to a worker whose two sockets have ports of their own, so that a
 """
 
 import asyncio
+import gc
 import json
 import os
 import socket
@@ -845,3 +846,19 @@ def test_a_datagram_that_the_kernel_refuses_is_lost_and_counted(bench: Bench) ->
             assert server.counters.unsent == 1
 
     asyncio.run(main())
+
+
+def test_full_garbage_collections_become_rare_and_never_more_frequent(bench: Bench) -> None:
+    """Each walks all connections there are: over those that a flood leaves it stalls the loop."""
+
+    async def main() -> None:
+        for before, after in (((700, 10, 10), (700, 10, 1000)), ((50, 5, 5000), (50, 5, 5000)), ((0, 5, 0), (0, 5, 0))):
+            gc.set_threshold(*before)
+            (await serve_echo(bench.worker)).close()
+            assert gc.get_threshold() == after
+
+    thresholds = gc.get_threshold()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.set_threshold(*thresholds)

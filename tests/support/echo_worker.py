@@ -20,7 +20,13 @@ async def main(certificate: str, key: str, retry: int) -> None:
     configuration.certificate = x509.load_pem_x509_certificate(Path(certificate).read_bytes())
     configuration.private_key = load_pem_private_key(Path(key).read_bytes(), None)
     with worker:
-        server = await serve(worker, configuration=configuration, stream_handler=echo_from(worker.index), retry=retry)
+        server = await serve(
+            worker,
+            configuration=configuration,
+            stream_handler=echo_from(worker.index),
+            retry=retry,
+            session_tickets=True,
+        )
         await server.wait_closed()
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from quicsteer import Probe, SteeringMode, cli
+from quicsteer import HostStats, Probe, SteeringMode, cli
 from quicsteer.abi import Outcome
-from quicsteer.check import Report, describe, exit_status, probe_hash_seed, run_checks
+from quicsteer.check import Report, describe, exit_status, explain_host, probe_hash_seed, run_checks
 from quicsteer.cli import main, render, summarize
 from quicsteer.decision import Rules, decide
 from quicsteer.errors import KernelError, QuicSteerError
@@ -141,6 +141,20 @@ def test_the_closing_sentence_says_what_is_missing(
 @pytest.mark.parametrize("seed", [None, "", "random"])
 def test_a_random_hash_seed_is_nothing_to_tell(seed: str | None) -> None:
     assert probe_hash_seed({} if seed is None else {"PYTHONHASHSEED": seed}) == []
+
+
+def test_memory_for_udp_is_shown_and_warned_of() -> None:
+    [quiet] = explain_host(HostStats(3, 0, 0, 0), (10, 1000, 1500))
+    assert quiet.detail == (
+        "since boot 3 datagrams found no room in a receive buffer and 0 no memory; 10 of 1500 pages in use"
+    )
+    assert (quiet.ok, quiet.warning, quiet.remedy) == (True, False, "")
+    [short] = explain_host(HostStats(0, 9, 0, 0), (900, 1000, 1500))
+    assert short.warning
+    assert "UDP uses 900 of 1500 pages" in short.detail
+    assert "dropped 9 datagrams" in short.detail
+    assert short.remedy == "sysctl -w net.ipv4.udp_mem='1000 2000 3000'"
+    assert explain_host(None, (1, 2, 3)) == explain_host(HostStats(0, 0, 0, 0), None) == []
 
 
 @pytest.mark.parametrize("seed", ["0", "42"])

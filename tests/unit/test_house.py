@@ -14,16 +14,16 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "quicsteer"
 
 LAYERS = [
-    {"abi", "errors", "modes"},
-    {"invariants", "_kernel", "addresses", "ports", "channel", "control", "notify", "_stateless"},
-    {"decision", "classic", "cid", "triage", "member"},
-    {"capability", "options", "steering", "counters", "handover"},
-    {"sockets", "worker"},
-    {"group", "lifecycle", "_readers"},
-    {"proof", "supervisor", "_aioquic"},
-    {"check", "aioquic", "upgrade"},
-    {"demo", "run"},
-    {"cli"},
+    {"abi", "errors", "modes", "version", "quicstats", "plain", "locks", "btf"},
+    {"invariants", "_kernel", "addresses", "ports", "channel", "control", "notify", "_stateless", "store", "relay"},
+    {"decision", "classic", "cid", "triage", "member", "counters", "sockdiag", "dropreasons"},
+    {"capability", "options", "steering", "handover", "advice", "prometheus", "reports"},
+    {"sockets", "worker", "foreign", "readout", "exporter"},
+    {"group", "lifecycle", "_readers", "tables", "tickets"},
+    {"proof", "supervisor", "_aioquic", "live", "testing"},
+    {"check", "aioquic", "upgrade", "_hypercorn"},
+    {"demo", "run", "stats"},
+    {"cli", "hypercorn"},
     {"__main__"},
 ]
 """Modules from the ground up; each may import only from layers below its own, and __init__ imports what is public."""

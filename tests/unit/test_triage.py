@@ -10,7 +10,15 @@ import pytest
 from quicsteer.capability import detect, probe_jit, read_host, refusal
 from quicsteer.errors import KernelError
 from quicsteer.modes import SteeringMode
-from quicsteer.triage import Host, Probe, explain_bpf, explain_receive_buffer, explain_socket
+from quicsteer.triage import (
+    Host,
+    Probe,
+    explain_bpf,
+    explain_classic_fix,
+    explain_group,
+    explain_receive_buffer,
+    explain_socket,
+)
 
 CAP_BPF = 1 << 39
 CAP_SYS_ADMIN = 1 << 21
@@ -379,3 +387,47 @@ def test_an_interpreted_program_is_a_warning(
     probe = probe_jit(proc)
     assert (probe.ok, probe.warning) == (ok, warning)
     assert detail in probe.detail
+
+
+DEBIAN = "#1 SMP PREEMPT_DYNAMIC Debian {} (2026-06-20)"
+
+
+@pytest.mark.parametrize(
+    ("release", "build", "says"),
+    [
+        ("5.10.0-32-cloud-amd64", DEBIAN.format("5.10.223-1"), "Linux 5.10.223 lacks"),
+        ("5.10.0-45-cloud-amd64", DEBIAN.format("5.10.259-1"), None),
+        ("6.1.0-47-amd64", DEBIAN.format("6.1.175-1"), "Linux 6.1.175 lacks"),
+        ("6.1.0-50-amd64", DEBIAN.format("6.1.176-1"), None),
+        ("6.12.94+deb13-amd64", DEBIAN.format("6.12.94-1"), None),
+        ("6.12.93", "#1 SMP", "Linux 6.12.93 may lack"),
+        ("5.15.0-91-generic", "#101-Ubuntu SMP", "Linux 5.15.0 may lack"),
+        ("6.18.44", "#1 SMP", "Linux 6.18.44 may lack"),
+        ("7.2.0", "#1 SMP", None),
+        ("8.0.0-rc1", "#1 SMP", None),
+        ("nonsense", "", "Linux nonsense may lack"),
+    ],
+)
+def test_a_kernel_that_classic_programs_can_crash_is_a_warning(release: str, build: str, says: str | None) -> None:
+    probe = explain_classic_fix(release, build)
+    if says is None:
+        assert probe is None
+    else:
+        assert probe is not None
+        assert (probe.ok, probe.warning) == (True, True)
+        assert probe.detail.startswith(f"{says} the fix for CVE-2026-52910")
+        assert probe.remedy == "kernel: 5.10.259, 6.1.176, 6.12.94, or 7.2 and later"
+
+
+def test_a_group_too_large_to_lock_names_the_limit() -> None:
+    host = dataclasses.replace(PLAIN, capabilities=CAP_BPF, kernel=(5, 10), memlock=65536)
+    probe = explain_group(SteeringMode.EBPF, KernelError(errno.EPERM, "bpf(BPF_MAP_CREATE)"), host)
+    assert probe.ok is False
+    assert "Operation not permitted, RLIMIT_MEMLOCK of 65536 bytes is too small" in probe.detail
+    assert "LimitMEMLOCK=infinity" in probe.remedy
+
+
+def test_another_refusal_of_a_group_is_told_as_it_is() -> None:
+    error = KernelError(errno.E2BIG, "bpf(BPF_PROG_LOAD)", "what the verifier said")
+    probe = explain_group(SteeringMode.EBPF, error, PLAIN)
+    assert (probe.name, probe.ok, probe.detail) == ("eBPF steering", False, str(error))
