@@ -1,12 +1,15 @@
 """Others who want the address of a group, or have got in: who wins, who is named, and what they can reach."""
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,8 @@ from quicsteer.stats import find_source
 
 RACES = 200
 RACES_OF_PROGRAMS = 5
+ROOMY = 1 << 20
+"""A receive buffer that takes all datagrams of a test, whichever socket they go to."""
 
 JOIN = """
 import os, socket, sys
@@ -85,7 +90,7 @@ def feed(group: SteeringGroup, count: int) -> None:
 
 def test_a_process_of_the_same_user_can_join_and_gets_nothing(steering_mode: SteeringMode) -> None:
     """The kernel lets it in, but no program ever selects its socket."""
-    with SteeringGroup.open("127.0.0.1:0", 3, mode=steering_mode) as group:
+    with SteeringGroup.open("127.0.0.1:0", 3, mode=steering_mode, receive_buffer=ROOMY) as group:
         port = group.addresses[0][1]
         with stranger(port) as other:
             assert other.answer == "joined"
@@ -102,7 +107,10 @@ def test_a_process_of_the_same_user_can_join_and_gets_nothing(steering_mode: Ste
 
 def test_without_a_program_it_takes_its_share() -> None:
     """In the mode hash nothing keeps it out: the warning at the start says that the mode does not steer."""
-    with SteeringGroup.open("127.0.0.1:0", 3, mode="hash") as group, stranger(group.addresses[0][1]) as other:
+    with (
+        SteeringGroup.open("127.0.0.1:0", 3, mode="hash", receive_buffer=ROOMY) as group,
+        stranger(group.addresses[0][1]) as other,
+    ):
         assert other.answer == "joined"
         feed(group, 50)
         assert sum(arrivals(worker_sockets(group))) + other.leave() == 450
@@ -193,10 +201,13 @@ def contend(address: tuple[str, int], mode: SteeringMode, ends: tuple[int, int, 
 
 @pytest.fixture
 def free_address() -> tuple[str, int]:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        host, port = probe.getsockname()
-        return host, port
+    """One that no other test is given by the kernel while it is not bound: it is beyond the range for that."""
+    last = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[1])
+    for port in random.sample(range(last + 1, 65536), 65535 - last):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return "127.0.0.1", port
+    raise AssertionError("no port is free")
 
 
 def test_of_two_that_race_for_an_address_one_wins_and_the_other_knows_who(
