@@ -19,7 +19,8 @@ kernel = Extension(
     ],
     include_dirs=["csrc", "bpf"],
     define_macros=[("Py_LIMITED_API", STABLE_ABI)],
-    extra_compile_args=os.environ.get("QUICSTEER_CFLAGS", "").split(),
+    # No debug information: it names the directory of the build, and is most of the wheel.
+    extra_compile_args=["-g0", *os.environ.get("QUICSTEER_CFLAGS", "").split()],
     py_limited_api=True,
 )
 

@@ -174,9 +174,12 @@ static struct qs_result make_maps(const struct qs_config *config, int maps[QS_MA
 struct qs_result qs_load_program(const struct qs_config *config, struct qs_program *program, char *log, u32 log_size)
 {
 	int maps[QS_MAPS];
-	struct qs_result result = make_maps(config, maps);
+	struct qs_result result;
 
 	log[0] = 0;
+	if (!config->listeners)
+		return qs_failed(EINVAL, "qs_load_program");
+	result = make_maps(config, maps);
 	if (!result.error) {
 		result = load(maps, NULL, 0);
 		if (result.error == EACCES || result.error == EINVAL)

@@ -274,9 +274,11 @@ def spawn(bytes path not None, list arguments not None, list environment not Non
     cdef int *numbers = NULL
     cdef char **argument_strings = NULL
     cdef char **environment_strings = NULL
-    for entry in arguments + environment:
+    for entry in [path, *arguments, *environment]:
         if not isinstance(entry, bytes):
             raise TypeError(f"expected bytes, got {type(entry).__name__}")
+        if b"\0" in entry:
+            raise ValueError("a string for another program ends at its first zero byte: it may have none")
     try:
         argument_strings = strings(arguments)
         environment_strings = strings(environment)
