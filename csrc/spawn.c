@@ -73,11 +73,31 @@ static void drop_privileges(const struct qs_spawn *spawn, int report)
 		give_up(report, STEP_UID);
 }
 
-/* Async-signal-safe: the parent may have threads. */
-static void run_child(const struct qs_spawn *spawn, char *const *environment, char *pid_digits, int *copies, int report)
+/*
+ * Let signals have their default effect again. All were blocked before the fork, so none has met a handler of the
+ * parent here: through the descriptor that they share, the parent would have taken it for one of its own.
+ */
+static void forget_handlers(void)
 {
 	sigset_t none;
 
+	for (int number = 1; number < NSIG; number++) {
+		struct sigaction action;
+
+		if (sigaction(number, NULL, &action))
+			continue;
+		/* What is ignored stays so, but for the two that CPython ignores: a new program expects the defaults.
+		 */
+		if (action.sa_handler != SIG_IGN || number == SIGPIPE || number == SIGXFSZ)
+			signal(number, SIG_DFL);
+	}
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+/* Async-signal-safe: the parent may have threads. */
+static void run_child(const struct qs_spawn *spawn, char *const *environment, char *pid_digits, int *copies, int report)
+{
 	place_descriptors(spawn, copies, &report);
 	drop_privileges(spawn, report);
 	if (pid_digits) {
@@ -90,11 +110,7 @@ static void run_child(const struct qs_spawn *spawn, char *const *environment, ch
 			*pid_digits++ = digits[--count];
 		*pid_digits = 0;
 	}
-	/* CPython ignores these two; a new program expects the defaults. */
-	signal(SIGPIPE, SIG_DFL);
-	signal(SIGXFSZ, SIG_DFL);
-	sigemptyset(&none);
-	sigprocmask(SIG_SETMASK, &none, NULL);
+	forget_handlers();
 	execve(spawn->path, spawn->arguments, environment);
 	give_up(report, STEP_EXECUTE);
 }
@@ -122,6 +138,7 @@ struct qs_result qs_spawn(const struct qs_spawn *spawn)
 	char pid_entry[sizeof(PID_VARIABLE) + PID_DIGITS];
 	char *pid_digits = NULL;
 	struct qs_result result;
+	sigset_t all, before;
 	char **environment;
 	int report[2], *copies;
 	u32 entries = 0;
@@ -149,10 +166,13 @@ struct qs_result qs_spawn(const struct qs_spawn *spawn)
 	} else {
 		fcntl(report[0], F_SETFD, FD_CLOEXEC);
 		fcntl(report[1], F_SETFD, FD_CLOEXEC);
+		sigfillset(&all);
+		pthread_sigmask(SIG_BLOCK, &all, &before);
 		child = fork();
 		if (child == 0)
 			run_child(spawn, environment, pid_digits, copies, report[1]);
 		result = child < 0 ? qs_failed(errno, "fork") : qs_ok(child);
+		pthread_sigmask(SIG_SETMASK, &before, NULL);
 		close(report[1]);
 		if (!result.error)
 			result = await_start(child, report[0]);

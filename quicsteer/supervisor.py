@@ -62,7 +62,7 @@ class Limits:
     """
 
     ready: float = 60.0
-    mute: float = 5.0
+    mute: float = 20.0
     drain: float | None = 30.0
     hung: float = 10.0
     kill_hung: bool = False

@@ -66,7 +66,8 @@ class Soak:
         """Let a worker's queues run over."""
         pid = self._any_worker()
         stop_process(pid)
-        time.sleep(0.2)
+        before = self._dropped()
+        self._running.wait_until(lambda: self._dropped() > before)
         os.kill(pid, signal.SIGCONT)
 
     def reload(self, workers: int = WORKERS) -> None:
@@ -78,6 +79,9 @@ class Soak:
 
     def reload_fewer(self) -> None:
         self.reload(self._random.randint(1, WORKERS))
+
+    def _dropped(self) -> int:
+        return int(self._running.command("stats")["group"]["dropped"])
 
     def _any_worker(self) -> int:
         return self._random.choice(list(self._running.workers("serving").values()))
