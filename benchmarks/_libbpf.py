@@ -1,5 +1,6 @@
 """Loading ``peers.bpf.c``: compiled with clang when it is first needed, brought into the kernel by libbpf."""
 
+import atexit
 import ctypes
 import functools
 import os
@@ -99,10 +100,6 @@ def _compile() -> Path:
             continue
         except subprocess.CalledProcessError as error:
             raise PeersUnavailable(f"{clang} cannot compile {_SOURCE.name}: install libbpf-dev") from error
-        _keep.append(directory)
+        atexit.register(directory.cleanup)
         return output
     raise PeersUnavailable("no clang: install clang-19 and libbpf-dev")
-
-
-_keep: list["tempfile.TemporaryDirectory[str]"] = []
-"""Directories that shall last as long as the process."""

@@ -1,85 +1,81 @@
-"""``cost``: what one datagram costs with and without steering, on groups of the same size."""
+"""``cost``: what one datagram costs under each rule, on groups of the same size."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from quicsteer import SteeringGroup, SteeringMode, SteeringUnavailable
+from quicsteer import SteeringMode, SteeringUnavailable
 
-from ._capabilities import CAP_PERFMON, CAP_SYS_ADMIN, without
-from ._native import Arrival
-from .lanes import KEY, Lane, Load, Traffic, make_clients, make_datagrams, measure, pinned
+from . import rules
+from ._capabilities import CAP_PERFMON, CAP_SYS_ADMIN
+from ._libbpf import PeersUnavailable
+from .lanes import Lane, Load, Path, Traffic, measure, open_lane, pinned
 from .report import RATIO, Bar, Report, Table, differences, first_line, ratio, spread
+from .rules import Rule
 
 
 class Variant(NamedTuple):
-    """A row of the table: a mode, what is sent, and the row that it is compared with.
-
-    ``without`` are capabilities that are put aside while the group opens.
-    """
+    """A row of the table: a rule, what is sent, and the row that it is compared with."""
 
     name: str
-    mode: SteeringMode
+    rule: Rule
     traffic: Traffic
     base: str
-    without: tuple[int, ...] = ()
-
-    @property
-    def to_sink(self) -> bool:
-        return self.traffic is Traffic.JUNK and self.mode.steers
 
 
 HASH, CBPF, EBPF = SteeringMode.HASH, SteeringMode.CBPF, SteeringMode.EBPF
+_BARE = rules.ours(EBPF, without=(CAP_PERFMON, CAP_SYS_ADMIN))
+_NONE, _NONE_INITIALS, _NONE_JUNK = "none", "none, Initials", "none, junk"
 
 VARIANTS = (
-    Variant("none", HASH, Traffic.OURS, "none"),
-    Variant("none, another group", HASH, Traffic.OURS, "none"),
-    Variant("ebpf", EBPF, Traffic.OURS, "none"),
-    Variant("ebpf, loaded without CAP_PERFMON", EBPF, Traffic.OURS, "none", (CAP_PERFMON, CAP_SYS_ADMIN)),
-    Variant("cbpf", CBPF, Traffic.OURS, "none"),
-    Variant("none, Initials", HASH, Traffic.INITIALS, "none, Initials"),
-    Variant("ebpf, Initials", EBPF, Traffic.INITIALS, "none, Initials"),
-    Variant("cbpf, Initials", CBPF, Traffic.INITIALS, "none, Initials"),
-    Variant("none, junk", HASH, Traffic.JUNK, "none, junk"),
-    Variant("ebpf, junk to the sink", EBPF, Traffic.JUNK, "none, junk"),
-    Variant("cbpf, junk to the sink", CBPF, Traffic.JUNK, "none, junk"),
+    Variant(_NONE, rules.NONE, Traffic.OURS, _NONE),
+    Variant("none, another group", rules.NONE, Traffic.OURS, _NONE),
+    Variant(rules.PASS.name, rules.PASS, Traffic.OURS, _NONE),
+    Variant("ebpf", rules.EBPF, Traffic.OURS, _NONE),
+    Variant("ebpf, loaded without CAP_PERFMON", _BARE, Traffic.OURS, _NONE),
+    Variant("cbpf", rules.CBPF, Traffic.OURS, _NONE),
+    *(Variant(rule.name, rule, Traffic.OURS, _NONE) for rule in (*rules.PEERS, rules.CONNECTED)),
+    Variant(_NONE_INITIALS, rules.NONE, Traffic.INITIALS, _NONE_INITIALS),
+    *(
+        Variant(f"{rule.name}, Initials", rule, Traffic.INITIALS, _NONE_INITIALS)
+        for rule in (rules.EBPF, rules.CBPF, *rules.PEERS)
+    ),
+    Variant(_NONE_JUNK, rules.NONE, Traffic.JUNK, _NONE_JUNK),
+    *(
+        Variant(f"{mode}, junk to the sink", rules.ours(mode, drop_invalid=True), Traffic.JUNK, _NONE_JUNK)
+        for mode in (EBPF, CBPF)
+    ),
 )
 
 
 class Limit(NamedTuple):
-    """What a variant may cost more than its base, per datagram."""
+    """What a variant may cost more than another per datagram, in nanoseconds or as a ratio of the whole."""
 
     variant: str
+    base: str
     nanoseconds: float | None
     ratio: float | None
 
 
-LIMITS = (Limit("ebpf", 130, 1.05), Limit("cbpf", 350, None))
+LIMITS = (
+    Limit("ebpf", _NONE, 130, 1.05),
+    Limit("ebpf", rules.PASS.name, 80, None),
+    Limit("ebpf", rules.NGINX.name, None, 1.0),
+    Limit("ebpf", rules.NGHTTPX.name, None, 1.0),
+    Limit("cbpf", _NONE, 350, None),
+)
 
 
-def open_lane(stack: contextlib.ExitStack, variant: Variant, workers: int, load: Load, datagrams: list[bytes]) -> Lane:
-    """Open the group of a variant.
-
-    Raises: SteeringUnavailable when the mode does not work here.
-    """
-    with without(*variant.without):
-        group = SteeringGroup.open(
-            "127.0.0.1:0",
-            workers,
-            mode=variant.mode,
-            cid_length=load.cid_length,
-            key=KEY,
-            drop_invalid=variant.to_sink,
-        )
-    stack.enter_context(group)
-    arrival = Arrival.AT_NAMED_SOCKET if variant.mode.steers else Arrival.AT_ANY_SOCKET
-    if variant.to_sink:
-        arrival = Arrival.NOWHERE
-    sockets = tuple(worker.socket for worker in group.workers)
-    return Lane(variant.name, group.addresses[0][1], sockets, datagrams, arrival, lambda: group.stats().sink or 0)
-
-
-def run(workers: int, load: Load, rounds: int, seed: int, cpu: int) -> Report:
+def run(
+    workers: int,
+    load: Load,
+    rounds: int,
+    seed: int,
+    cpu: int,
+    path: Path,
+    name: str = "cost",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
     """Measure all variants.
 
     Raises: Astray when a datagram was lost or mis-steered.
@@ -87,32 +83,29 @@ def run(workers: int, load: Load, rounds: int, seed: int, cpu: int) -> Report:
     notes: list[str] = []
     lanes: list[Lane] = []
     with contextlib.ExitStack() as stack:
-        clients = stack.enter_context(make_clients())
-        with SteeringGroup.open("127.0.0.1:0", workers, mode=CBPF, cid_length=load.cid_length, key=KEY) as issuer:
-            datagrams = {traffic: make_datagrams(traffic, issuer, load) for traffic in Traffic}
         for variant in VARIANTS:
             try:
-                lanes.append(open_lane(stack, variant, workers, load, datagrams[variant.traffic]))
-            except SteeringUnavailable as error:
+                lanes.append(open_lane(stack, variant.name, variant.rule, variant.traffic, workers, load, path))
+            except (SteeringUnavailable, PeersUnavailable) as error:
                 notes.append(f"Left out: {variant.name}. {first_line(error)}")
         with pinned(cpu):
-            samples = measure(lanes, clients, load.batches, rounds, seed)
+            samples = measure(lanes, path, load.batches, rounds, seed, progress)
     total = sum(sample.datagrams for sample in samples.values())
     late = sum(sample.late for sample in samples.values())
     notes.append(f"{total:,} datagrams, each where it belongs, none lost; {late} batches had to be waited for.")
+    notes += [f"{rule.name[0].upper()}{rule.name[1:]}: {rule.simpler}." for rule in rules.PEERS if rule.simpler]
     sends = {name: sample.send for name, sample in samples.items()}
-    drains = {name: sample.drain for name, sample in samples.items()}
     return Report(
-        "cost",
+        name,
         {"workers": workers, "rounds": rounds, **load._asdict(), "seed": seed},
-        [_table(sends, drains)],
+        [_table(sends)],
         list(_bars(sends)),
         notes,
         sends,
     )
 
 
-def _table(sends: dict[str, list[float]], drains: dict[str, list[float]]) -> Table:
+def _table(sends: dict[str, list[float]]) -> Table:
     rows: list[list[Any]] = []
     for variant in VARIANTS:
         if variant.name in sends:
@@ -124,23 +117,21 @@ def _table(sends: dict[str, list[float]], drains: dict[str, list[float]]) -> Tab
                     spread(mine),
                     differences(mine, base) if compared else None,
                     ratio(mine, base) if compared else None,
-                    spread(drains[variant.name]).median if not variant.to_sink else None,
                 ]
             )
-    columns = ("variant", "send and queue, ns/datagram", "more than none, ns", "ratio", "read, ns/datagram")
+    columns = ("variant", "send and queue, ns/datagram", "more than none, ns", "ratio")
     return Table("Cost of a datagram, median [quartiles]", columns, rows)
 
 
 def _bars(sends: dict[str, list[float]]) -> Sequence[Bar]:
     bars = []
-    bases = {variant.name: variant.base for variant in VARIANTS}
     for limit in LIMITS:
-        if limit.variant not in sends:
+        if limit.variant not in sends or limit.base not in sends:
             continue
-        mine, base = sends[limit.variant], sends[bases[limit.variant]]
+        mine, base = sends[limit.variant], sends[limit.base]
+        text = f"{limit.variant} against {limit.base}, per datagram"
         if limit.nanoseconds is not None:
-            text = f"{limit.variant}: more per datagram of ours"
             bars.append(Bar(text, differences(mine, base).median, limit.nanoseconds, "ns"))
         if limit.ratio is not None:
-            bars.append(Bar(f"{limit.variant}: ratio per datagram of ours", ratio(mine, base), limit.ratio, RATIO))
+            bars.append(Bar(text, ratio(mine, base), limit.ratio, RATIO))
     return bars

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from quicsteer import SteeringGroup, SteeringMode, SteeringUnavailable
 
-from .cost import CBPF, EBPF, HASH, Variant, open_lane
-from .lanes import KEY, Lane, Load, Traffic, make_clients, make_datagrams, measure, pinned
+from .cost import CBPF, EBPF, HASH
+from .lanes import Lane, Load, Path, Traffic, measure, open_lane, pinned
 from .report import RATIO, Bar, Report, Spread, Table, differences, first_line, ratio, spread
+from .rules import ours
 
 WORKERS = (4, 64, 256)
 FEW, MANY = WORKERS[0], WORKERS[-1]
@@ -30,7 +31,9 @@ class Times(NamedTuple):
     stats: list[float]
 
 
-def run(load: Load, rounds: int, seed: int, cpu: int) -> Report:
+def run(
+    load: Load, rounds: int, seed: int, cpu: int, path: Path, progress: Callable[[str], None] = lambda _: None
+) -> Report:
     """Measure groups of all sizes in all modes.
 
     Raises: Astray when a datagram was lost or mis-steered.
@@ -38,7 +41,8 @@ def run(load: Load, rounds: int, seed: int, cpu: int) -> Report:
     notes: list[str] = []
     with pinned(cpu):
         times = _measure_times(rounds, notes)
-        sends = _measure_sends(load, rounds, seed, [mode for mode in MODES if (mode, FEW) in times])
+        modes = [mode for mode in MODES if (mode, FEW) in times]
+        sends = _measure_sends(load, rounds, seed, path, modes, progress)
     notes.append("Every datagram went where it belongs, none was lost.")
     return Report(
         "groups",
@@ -80,18 +84,14 @@ def _timed(call: Callable[[], _Result]) -> tuple[float, _Result]:
 
 
 def _measure_sends(
-    load: Load, rounds: int, seed: int, modes: list[SteeringMode]
+    load: Load, rounds: int, seed: int, path: Path, modes: list[SteeringMode], progress: Callable[[str], None]
 ) -> dict[tuple[SteeringMode, int], list[float]]:
     lanes: list[Lane] = []
     with contextlib.ExitStack() as stack:
-        clients = stack.enter_context(make_clients())
         for workers in (FEW, MANY):
-            with SteeringGroup.open("127.0.0.1:0", workers, mode=CBPF, cid_length=load.cid_length, key=KEY) as issuer:
-                datagrams = make_datagrams(Traffic.OURS, issuer, load)
             for mode in modes:
-                variant = Variant(_name(mode, workers), mode, Traffic.OURS, "")
-                lanes.append(open_lane(stack, variant, workers, load, datagrams))
-        samples = measure(lanes, clients, load.batches, rounds, seed)
+                lanes.append(open_lane(stack, _name(mode, workers), ours(mode), Traffic.OURS, workers, load, path))
+        samples = measure(lanes, path, load.batches, rounds, seed, progress)
     return {(mode, workers): samples[_name(mode, workers)].send for workers in (FEW, MANY) for mode in modes}
 
 

@@ -1,10 +1,11 @@
-"""Lanes: a group, what is sent to it and where that must arrive; and measuring them in turns.
+"""Lanes: a group under a rule, what is sent to it and where that must arrive; and measuring them in turns.
 
 All lanes of one measurement are open from the start, get datagrams from the same client sockets and flows, and take
 turns in shuffled order. A program is never replaced or detached on a living group.
 """
 
 import contextlib
+import ipaddress
 import os
 import random
 import socket
@@ -13,61 +14,65 @@ from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from quicsteer import Outcome, SteeringGroup, Worker
-from quicsteer.abi import CID_LENGTH_MAX, CID_LENGTH_MIN, KEY_LENGTH, LONG_DCID_OFFSET
-from quicsteer.decision import Rules, decide
+from quicsteer.abi import CID_LENGTH_MAX, CID_LENGTH_MIN, LONG_DCID_OFFSET
 
-from ._native import BATCH, DATAGRAM_MAX, TAG_LENGTH, Arrival, Run, lockstep
+from ._native import BATCH, DATAGRAM_MAX, TAG_LENGTH, Arrival, Result, Run, lockstep
+from .rules import CONNECTED, Place, Rule, Steered
 
 SIZE_MIN = LONG_DCID_OFFSET + CID_LENGTH_MAX + TAG_LENGTH
 CLIENTS = 16
-KEY = bytes(range(KEY_LENGTH))
-_SHORT_HEADER, _LONG_HEADER = b"\x40", b"\xc3\x00\x00\x00\x01"
+SHORT_HEADER, LONG_HEADER = b"\x40", b"\xc3\x00\x00\x00\x01"
 
 
 class Traffic(StrEnum):
     """What the datagrams carry."""
 
-    OURS = "our CIDs"
+    OURS = "its own CIDs"
     INITIALS = "Initials"
     JUNK = "junk"
 
 
-_OUTCOMES = {
-    Traffic.OURS: Outcome.ROUTED,
-    Traffic.INITIALS: Outcome.DISPATCHED,
-    Traffic.JUNK: Outcome.UNROUTABLE,
-}
-
-
 class Load(NamedTuple):
-    """What every lane of a measurement has in common. ``flows`` is a multiple of ``BATCH``."""
+    """What every lane of a measurement has in common. ``flows`` divides ``BATCH`` or is a multiple of it."""
 
     flows: int
     size: int
-    cid_length: int
     batches: int
+    segments: int = 1
+
+
+class Path(NamedTuple):
+    """The way from clients to servers: who sends, the address of the first flow, and the servers' address.
+
+    Each flow has an address of its own: those that follow the first one's.
+    """
+
+    clients: list[socket.socket]
+    source: str
+    host: str
+
+    def sources(self, flows: int) -> list[tuple[str, int]]:
+        """Return the addresses of all flows."""
+        first = int(ipaddress.IPv4Address(self.source))
+        ports = [client.getsockname()[1] for client in self.clients]
+        return [(str(ipaddress.IPv4Address(first + flow)), ports[flow // BATCH % len(ports)]) for flow in range(flows)]
 
 
 class Lane(NamedTuple):
-    """One thing to measure: sockets of a group in the order of their slots, and what is sent to them.
-
-    ``swallowed`` reads how many datagrams the group's sink has taken so far.
-    """
+    """One thing to measure: a group, and what is sent to it."""
 
     name: str
-    port: int
-    sockets: tuple[socket.socket, ...]
+    steered: Steered
     datagrams: list[bytes]
     arrival: Arrival
-    swallowed: Callable[[], int] = int
+    segments: int = 1
+    named_only: bool = False
 
 
 class Samples(NamedTuple):
-    """What a lane cost: nanoseconds per datagram in each round, to send and to drain."""
+    """What a lane cost: nanoseconds per datagram in each round, to send and queue it."""
 
     send: list[float]
-    drain: list[float]
     datagrams: int
     late: int
 
@@ -76,58 +81,71 @@ class Astray(Exception):
     """Datagrams were lost or went to the wrong socket, so no figure means anything."""
 
 
-def make_load(flows: int, size: int, cid_length: int, batches: int) -> Load:
-    """Round ``flows`` up to whole batches, and ``batches`` up to whole passes over the flows.
+def make_load(flows: int, size: int, batches: int, segments: int = 1) -> Load:
+    """Round ``flows`` up to whole batches or down to a part of one, and ``batches`` up to whole passes over them.
 
     Raises: ValueError for a size that cannot hold a datagram's head and its tag.
     """
     if not SIZE_MIN <= size <= DATAGRAM_MAX:
         raise ValueError(f"size is {size}, it must be {SIZE_MIN} to {DATAGRAM_MAX}")
+    if flows < BATCH:
+        return Load(1 << flows.bit_length() - 1, size, batches, segments)
     each = -(-flows // BATCH)
-    return Load(each * BATCH, size, cid_length, -(-batches // each) * each)
+    return Load(each * BATCH, size, -(-batches // each) * each, segments)
 
 
-def make_datagrams(traffic: Traffic, group: SteeringGroup, load: Load) -> list[bytes]:
-    """Return one datagram for each flow; its last bytes name the socket that must get it.
+def open_lane(
+    stack: contextlib.ExitStack, name: str, rule: Rule, traffic: Traffic, workers: int, load: Load, path: Path
+) -> Lane:
+    """Open a group, and make one datagram for each flow, whose last bytes name the socket that must get it.
 
-    ``group`` has the mode ``ebpf`` or ``cbpf`` and the key ``KEY``: its workers issue the CIDs, and the model of the
-    decision says where a client's DCID goes.
+    Raises: SteeringUnavailable, PeersUnavailable when the rule does not work here.
     """
-    workers = len(group.workers)
-    rules = Rules(KEY, load.cid_length, workers, workers, traffic is Traffic.JUNK)
+    steered = rule.open(stack, Place(path.host, path.sources(load.flows)), workers)
     rng = random.Random(traffic)
     slots = [flow % workers for flow in range(load.flows)]
     rng.shuffle(slots)
-    heads = [_make_head(traffic, group.workers[slot], load.cid_length, rng) for slot in slots]
-    return [_add_tag(head, traffic, rules, load.size) for head in heads]
+    heads = [_make_head(traffic, steered, slot, rule.cid_length, rng) for slot in slots]
+    named, arrival = slots, Arrival.AT_NAMED_SOCKET if rule.steers else Arrival.AT_ANY_SOCKET
+    if traffic is Traffic.INITIALS:
+        named = [steered.initial(head[LONG_DCID_OFFSET:]) for head in heads]
+    if rule is CONNECTED:
+        named, arrival = list(range(load.flows)), Arrival.AT_NAMED_SOCKET
+    if None in named:
+        named, arrival = slots, Arrival.AT_ANY_SOCKET
+    if traffic is Traffic.JUNK and rule.steers:
+        arrival = Arrival.NOWHERE
+    datagrams = [
+        head.ljust(load.size - TAG_LENGTH, b"\0") + number.to_bytes(TAG_LENGTH, "little")
+        for head, number in zip(heads, named, strict=True)
+    ]
+    return Lane(name, steered, datagrams, arrival, load.segments, rule is CONNECTED)
 
 
-def _make_head(traffic: Traffic, worker: Worker, cid_length: int, rng: random.Random) -> bytes:
+def _make_head(traffic: Traffic, steered: Steered, slot: int, cid_length: int, rng: random.Random) -> bytes:
     if traffic is Traffic.OURS:
-        return _SHORT_HEADER + worker.connection_ids.issue()
+        return SHORT_HEADER + steered.issue(slot, None)
     if traffic is Traffic.JUNK:
-        return _SHORT_HEADER + rng.randbytes(cid_length)
+        return SHORT_HEADER + rng.randbytes(cid_length)
     dcid = rng.randbytes(rng.randint(CID_LENGTH_MIN, CID_LENGTH_MAX))
-    return _LONG_HEADER + bytes([len(dcid)]) + dcid
-
-
-def _add_tag(head: bytes, traffic: Traffic, rules: Rules, size: int) -> bytes:
-    decision = decide(head.ljust(size, b"\0"), rules)
-    if decision.outcome is not _OUTCOMES[traffic] or decision.slot is None:
-        raise Astray(f"the model says {decision} for a datagram of {traffic}")
-    return head.ljust(size - TAG_LENGTH, b"\0") + decision.slot.to_bytes(TAG_LENGTH, "little")
+    return LONG_HEADER + bytes([len(dcid)]) + dcid
 
 
 @contextlib.contextmanager
-def make_clients() -> Iterator[list[socket.socket]]:
+def loopback() -> Iterator[Path]:
     """Open the sending sockets. Open them before any group: a lookup meets the sockets bound last first."""
     with contextlib.ExitStack() as stack:
-        clients = []
-        for _ in range(CLIENTS):
-            client = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-            client.bind(("0.0.0.0", 0))
-            clients.append(client)
-        yield clients
+        yield Path(make_clients(stack), "127.1.0.1", "127.0.0.1")
+
+
+def make_clients(stack: contextlib.ExitStack) -> list[socket.socket]:
+    clients = []
+    for _ in range(CLIENTS):
+        client = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        client.bind(("0.0.0.0", 0))
+        clients.append(client)
+    return clients
 
 
 @contextlib.contextmanager
@@ -142,7 +160,12 @@ def pinned(cpu: int) -> Iterator[None]:
 
 
 def measure(
-    lanes: Sequence[Lane], clients: Sequence[socket.socket], batches: int, rounds: int, seed: int
+    lanes: Sequence[Lane],
+    path: Path,
+    batches: int,
+    rounds: int,
+    seed: int,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Samples]:
     """Run the lanes in turns; a round is one run of each, in an order of its own. One round before them warms up.
 
@@ -152,38 +175,49 @@ def measure(
     """
     order = list(lanes)
     rng = random.Random(seed)
-    samples = {lane.name: Samples([], [], 0, 0) for lane in lanes}
+    samples = {lane.name: Samples([], 0, 0) for lane in lanes}
     for count in range(rounds + 1):
+        progress(f"round {count} of {rounds}, {len(order)} variants")
         rng.shuffle(order)
         for lane in order:
-            sample = _run(lane, clients, batches)
+            sample = _measure_once(lane, path, batches)
             if count:
                 samples[lane.name] = _add(samples[lane.name], sample)
     return samples
 
 
-def _run(lane: Lane, clients: Sequence[socket.socket], batches: int) -> Samples:
-    before = lane.swallowed()
-    result = lockstep(
+def send(lane: Lane, path: Path, batches: int) -> Result:
+    """Send batches to a lane and read them, once."""
+    steered = lane.steered
+    return lockstep(
         Run(
-            [client.fileno() for client in clients],
-            [sock.fileno() for sock in lane.sockets],
+            [client.fileno() for client in path.clients],
+            [sock.fileno() for sock in steered.sockets],
             lane.datagrams,
-            lane.port,
+            path.host,
+            steered.port,
+            path.source,
             lane.arrival,
             batches,
+            lane.segments,
+            lane.named_only,
         )
     )
+
+
+def _measure_once(lane: Lane, path: Path, batches: int) -> Samples:
+    before = lane.steered.swallowed()
+    result = send(lane, path, batches)
     sent = batches * BATCH
-    swallowed = lane.swallowed() - before
+    swallowed = lane.steered.swallowed() - before
     if result.lost or result.misplaced or result.received + swallowed != sent:
         raise Astray(
             f"{lane.name}: of {sent} datagrams {result.received} arrived, {result.misplaced} of them at the wrong "
             f"socket, and {swallowed} went to the sink"
         )
     per_datagram = statistics.median(result.send_ns) / BATCH
-    return Samples([per_datagram], [result.drain_ns / sent], sent, result.late)
+    return Samples([per_datagram], sent, result.late)
 
 
 def _add(a: Samples, b: Samples) -> Samples:
-    return Samples(a.send + b.send, a.drain + b.drain, a.datagrams + b.datagrams, a.late + b.late)
+    return Samples(a.send + b.send, a.datagrams + b.datagrams, a.late + b.late)

@@ -95,8 +95,13 @@ class Report:
 
 
 def read_report(path: Path) -> Report:
-    """Read what ``Report.to_json`` wrote."""
-    plain = json.loads(path.read_text())
+    """Read a file that ``Report.to_json`` wrote."""
+    return from_json(path.read_text())
+
+
+def from_json(text: str) -> Report:
+    """Return the report that ``Report.to_json`` wrote."""
+    plain = json.loads(text)
     tables = [
         Table(table["title"], tuple(table["columns"]), [[_read_cell(cell) for cell in row] for row in table["rows"]])
         for table in plain["tables"]

@@ -17,10 +17,11 @@ from typing import NamedTuple
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from quicsteer import SteeringGroup, SteeringMode
-from quicsteer.abi import KEY_LENGTH
+from quicsteer.abi import CID_LENGTH_DEFAULT, KEY_LENGTH
 from quicsteer.decision import Rules, decide
 
 from ._aes import decryption_keys, inverse_substitutions, inverse_tables
+from ._capabilities import without as without_capabilities
 from ._libbpf import PeerProgram
 
 KEY = bytes(range(KEY_LENGTH))
@@ -58,7 +59,6 @@ class Steered:
     issue: Callable[[int, bytes | None], bytes]
     initial: Callable[[bytes], int | None] = lambda _: None
     swallowed: Callable[[], int] = int
-    group: SteeringGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Rule:
     """A way to steer. ``steers`` tells whether a connection ID names a worker.
 
     ``read`` returns what anybody can read of the worker in a connection ID, by the published rule and the number of
-    workers alone.
+    workers alone. ``forge`` makes of a connection ID that somebody has seen another one that keeps what the published
+    rule reads.
     """
 
     name: str
@@ -75,11 +76,17 @@ class Rule:
     steers: bool = True
     simpler: str = ""
     read: Callable[[bytes, int], int | bytes | None] = lambda _cid, _workers: None
+    forge: Callable[[bytes], bytes] = lambda cid: secrets.token_bytes(len(cid))
 
 
 def random_cid(length: int) -> Callable[[int, bytes | None], bytes]:
     """Return a way to issue connection IDs that say nothing."""
     return lambda _worker, _dcid: secrets.token_bytes(length)
+
+
+def keep_first(length: int) -> Callable[[bytes], bytes]:
+    """Return a way to forge connection IDs that keeps their first bytes."""
+    return lambda cid: cid[:length] + secrets.token_bytes(len(cid) - length)
 
 
 def open_sockets(stack: contextlib.ExitStack, host: str, count: int, port: int = 0) -> tuple[socket.socket, ...]:
@@ -231,7 +238,7 @@ def _open_nghttpx(stack: contextlib.ExitStack, place: Place, workers: int) -> St
             program.put("nghttpx_workers", identifier[::-1], struct.pack("=I", index))
             program.put("nghttpx_sockets", struct.pack("=I", index), _descriptor(sock))
         program.attach(sockets[0])
-    encrypt = Cipher(algorithms.AES(_AES_KEY), modes.ECB()).encryptor()  # noqa: S305  # the rule says so
+    encrypt = Cipher(algorithms.AES(_AES_KEY), modes.ECB()).encryptor()  # the rule says so
 
     def issue(worker: int, _dcid: bytes | None) -> bytes:
         return secrets.token_bytes(1) + encrypt.update(identifiers[worker] + secrets.token_bytes(8))
@@ -240,7 +247,7 @@ def _open_nghttpx(stack: contextlib.ExitStack, place: Place, workers: int) -> St
 
 
 def _open_connected(stack: contextlib.ExitStack, place: Place, workers: int) -> Steered:
-    """A socket for each flow, connected to the client's address; ``workers`` sockets get what belongs to no flow."""
+    """A socket for each flow, connected to the client's address; the last sockets get what belongs to no flow."""
     listeners = open_sockets(stack, place.host, workers)
     port = _port(listeners)
     sockets = []
@@ -248,36 +255,33 @@ def _open_connected(stack: contextlib.ExitStack, place: Place, workers: int) -> 
         (sock,) = open_sockets(stack, place.host, 1, port)
         sock.connect(source)
         sockets.append(sock)
-    return Steered(port, tuple(sockets), random_cid(8))
+    return Steered(port, (*sockets, *listeners), random_cid(8))
 
 
-def open_ours(
-    stack: contextlib.ExitStack,
-    place: Place,
-    workers: int,
-    mode: SteeringMode,
-    cid_length: int = 8,
-    drop_invalid: bool = False,
-) -> Steered:
-    """Open a group of this package.
+def ours(mode: SteeringMode, *, drop_invalid: bool = False, without: tuple[int, ...] = ()) -> Rule:
+    """Return this package's rule in a mode. ``without`` are capabilities that are put aside while a group opens.
 
-    Raises: SteeringUnavailable when the mode does not work here.
+    Opening raises SteeringUnavailable when the mode does not work here.
     """
-    group = SteeringGroup.open(
-        f"{place.host}:0", workers, mode=mode, cid_length=cid_length, key=KEY, drop_invalid=drop_invalid
-    )
-    stack.enter_context(group)
-    sockets = tuple(worker.socket for worker in group.workers)
-    for sock in sockets:
-        set_buffer(sock)
-    rules = Rules(KEY, cid_length, workers, workers, drop_invalid)
-    return Steered(
-        group.addresses[0][1],
-        sockets,
-        lambda worker, _: group.workers[worker].connection_ids.issue(),
-        lambda dcid: decide(_LONG_HEADER + bytes([len(dcid)]) + dcid + bytes(40), rules).slot,
-        lambda: group.stats().sink or 0,
-        group,
+
+    def open_group(stack: contextlib.ExitStack, place: Place, workers: int) -> Steered:
+        with without_capabilities(*without):
+            group = SteeringGroup.open(f"{place.host}:0", workers, mode=mode, key=KEY, drop_invalid=drop_invalid)
+        stack.enter_context(group)
+        sockets = tuple(worker.socket for worker in group.workers)
+        for sock in sockets:
+            set_buffer(sock)
+        rules = Rules(KEY, CID_LENGTH_DEFAULT, workers, workers, drop_invalid)
+        return Steered(
+            group.addresses[0][1],
+            sockets,
+            lambda worker, _: group.workers[worker].connection_ids.issue(),
+            lambda dcid: decide(_LONG_HEADER + bytes([len(dcid)]) + dcid, rules).slot,
+            lambda: group.stats().sink or 0,
+        )
+
+    return Rule(
+        str(mode), CID_LENGTH_DEFAULT, open_group, steers=mode.steers, forge=keep_first(CID_LENGTH_DEFAULT // 2)
     )
 
 
@@ -296,20 +300,16 @@ def _descriptor(sock: socket.socket) -> bytes:
 
 NONE = Rule("none", 8, _open_plain, steers=False)
 PASS = Rule("a program that does nothing", 8, _open_pass, steers=False)
-EBPF = Rule("ebpf", 8, lambda *where: open_ours(*where, SteeringMode.EBPF))
-CBPF = Rule("cbpf", 8, lambda *where: open_ours(*where, SteeringMode.CBPF))
-ENVOY = Rule(
-    "Envoy's rule",
-    8,
-    _open_envoy,
-    read=envoy_worker,
-)
-NGINX = Rule("nginx's rule", 20, _open_nginx, read=lambda cid, _: cid[:8])
+EBPF = ours(SteeringMode.EBPF)
+CBPF = ours(SteeringMode.CBPF)
+ENVOY = Rule("Envoy's rule", 8, _open_envoy, read=envoy_worker, forge=keep_first(4))
+NGINX = Rule("nginx's rule", 20, _open_nginx, read=lambda cid, _: cid[:8], forge=keep_first(8))
 NGHTTPX = Rule(
     "nghttpx's rule",
     17,
     _open_nghttpx,
     simpler="AES by tables, which is faster than the byte by byte form of the original",
+    forge=lambda cid: secrets.token_bytes(1) + cid[1:],
 )
 UDPGRM = Rule(
     "udpgrm's rule",
@@ -317,6 +317,7 @@ UDPGRM = Rule(
     _open_udpgrm,
     simpler="the filter that finds the cookie is compiled in, where the original interprets it; fewer counters",
     read=lambda cid, _: cid[0],
+    forge=keep_first(2),
 )
 MSQUIC = Rule("msquic's rule", 9, _open_msquic, steers=False)
 CONNECTED = Rule("a connected socket per flow", 8, _open_connected, steers=False)
