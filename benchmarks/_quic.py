@@ -52,7 +52,7 @@ class IssuedConnection(QuicConnection):
 
 
 # aioquic's server names the class of its connections nowhere else.
-aioquic.asyncio.server.QuicConnection = IssuedConnection  # type: ignore[attr-defined,misc]
+aioquic.asyncio.server.QuicConnection = IssuedConnection  # type: ignore[attr-defined]
 
 
 async def serve(
@@ -98,7 +98,7 @@ class Client:
         Raises: TimeoutError
         """
         stream = self._protocol._quic.get_next_available_stream_id()
-        answer = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._protocol.answers[stream] = answer
         self._protocol._quic.send_stream_data(stream, b"?", end_stream=True)
         self._protocol.transmit()

@@ -1,6 +1,7 @@
 """``attacks``: what somebody who chooses connection IDs, or watches them, gains under each rule."""
 
 import contextlib
+import functools
 import math
 import random
 import secrets
@@ -19,7 +20,7 @@ from .rules import LOOPBACK, Rule, Steered
 WORKERS = (4, 16)
 DCIDS = 100_032
 QUICK_DCIDS = 9_984
-SEEN = 64
+SEEN = 1000
 """Connection IDs that somebody has seen, of which the forged ones are made."""
 
 SPREAD_LIMIT = 1.15
@@ -57,9 +58,10 @@ def run(path: Path, seed: int, progress: Callable[[str], None] = lambda _: None,
     guesses = _guess_all(seed, progress, notes)
     notes += [
         "Forged: made of a connection ID of one worker that somebody has seen, keeping what the published rule reads; "
-        f"{SEEN} such connection IDs. Whoever sends a seen one as it is reaches its worker under every rule that steers.",
+        f"{SEEN:,} such connection IDs. A seen one, sent as it is, reaches its worker under every rule that steers.",
         "Repeated: who hashes the DCID alone sends all datagrams with one DCID to one worker, which nobody can choose "
-        "without the key. nginx's and udpgrm's rule take the sender's address, which a client that changes it pays for.",
+        "without the key. nginx's and udpgrm's rules take the sender's address, so that a client whose address changes "
+        "between its Initials starts anew.",
     ]
     return Report(
         "attacks",
@@ -135,15 +137,15 @@ def _guess_all(seed: int, progress: Callable[[str], None], notes: list[str]) -> 
     workers = WORKERS[0]
     guesses = []
     for rule in RULES:
-        if rule is rules.CBPF or rule is rules.MSQUIC:
+        if rule in (rules.CBPF, rules.MSQUIC):
             continue  # the same connection IDs as in the mode ebpf; none that name a worker
         progress(f"linkability: {rule.name}")
         rng = random.Random(seed)
         try:
             with contextlib.ExitStack() as stack:
                 steered = rule.open(stack, LOOPBACK, workers)
-                connection = _guess(rule, workers, lambda: _pair_of_connections(steered, workers, rng))
-                worker = _guess(rule, workers, lambda: _pair_of_workers(steered, workers, rng))
+                connection = _guess(rule, workers, functools.partial(_pair_of_connections, steered, workers, rng))
+                worker = _guess(rule, workers, functools.partial(_pair_of_workers, steered, workers, rng))
         except (SteeringUnavailable, PeersUnavailable) as error:
             notes.append(f"Left out: {rule.name}. {first_line(error)}")
             continue

@@ -1,7 +1,7 @@
 """``cost``: what one datagram costs under each rule, on groups of the same size."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from quicsteer import SteeringMode, SteeringUnavailable
@@ -9,7 +9,7 @@ from quicsteer import SteeringMode, SteeringUnavailable
 from . import rules
 from ._capabilities import CAP_PERFMON, CAP_SYS_ADMIN
 from ._libbpf import PeersUnavailable
-from .lanes import Lane, Load, Path, Traffic, measure, open_lane, pinned
+from .lanes import Lane, Load, Path, Plan, Traffic, measure, open_lane
 from .report import RATIO, Bar, Report, Table, differences, first_line, ratio, spread
 from .rules import Rule
 
@@ -66,16 +66,7 @@ LIMITS = (
 )
 
 
-def run(
-    workers: int,
-    load: Load,
-    rounds: int,
-    seed: int,
-    cpu: int,
-    path: Path,
-    name: str = "cost",
-    progress: Callable[[str], None] = lambda _: None,
-) -> Report:
+def run(workers: int, load: Load, path: Path, plan: Plan, name: str = "cost") -> Report:
     """Measure all variants.
 
     Raises: Astray when a datagram was lost or mis-steered.
@@ -83,21 +74,22 @@ def run(
     notes: list[str] = []
     lanes: list[Lane] = []
     with contextlib.ExitStack() as stack:
-        for variant in VARIANTS:
+        for each in VARIANTS:
             try:
-                lanes.append(open_lane(stack, variant.name, variant.rule, variant.traffic, workers, load, path))
+                lanes.append(
+                    open_lane(stack, each.name, each.rule, each.traffic, workers=workers, load=load, path=path)
+                )
             except (SteeringUnavailable, PeersUnavailable) as error:
-                notes.append(f"Left out: {variant.name}. {first_line(error)}")
-        with pinned(cpu):
-            samples = measure(lanes, path, load.batches, rounds, seed, progress)
+                notes.append(f"Left out: {each.name}. {first_line(error)}")
+        samples = measure(lanes, path, load.batches, plan)
     total = sum(sample.datagrams for sample in samples.values())
     late = sum(sample.late for sample in samples.values())
     notes.append(f"{total:,} datagrams, each where it belongs, none lost; {late} batches had to be waited for.")
-    notes += [f"{rule.name[0].upper()}{rule.name[1:]}: {rule.simpler}." for rule in rules.PEERS if rule.simpler]
-    sends = {name: sample.send for name, sample in samples.items()}
+    notes += [f"Simpler than the original: {rule.name}, {rule.simpler}." for rule in rules.PEERS if rule.simpler]
+    sends = {lane: sample.send for lane, sample in samples.items()}
     return Report(
         name,
-        {"workers": workers, "rounds": rounds, **load._asdict(), "seed": seed},
+        {"workers": workers, "rounds": plan.rounds, **load._asdict(), "seed": plan.seed},
         [_table(sends)],
         list(_bars(sends)),
         notes,

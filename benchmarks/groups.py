@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from quicsteer import SteeringGroup, SteeringMode, SteeringUnavailable
 
 from .cost import CBPF, EBPF, HASH
-from .lanes import Lane, Load, Path, Traffic, measure, open_lane, pinned
+from .lanes import Lane, Load, Path, Plan, Traffic, measure, open_lane, pinned
 from .report import RATIO, Bar, Report, Spread, Table, differences, first_line, ratio, spread
 from .rules import ours
 
@@ -31,22 +31,20 @@ class Times(NamedTuple):
     stats: list[float]
 
 
-def run(
-    load: Load, rounds: int, seed: int, cpu: int, path: Path, progress: Callable[[str], None] = lambda _: None
-) -> Report:
+def run(load: Load, path: Path, plan: Plan) -> Report:
     """Measure groups of all sizes in all modes.
 
     Raises: Astray when a datagram was lost or mis-steered.
     """
     notes: list[str] = []
-    with pinned(cpu):
-        times = _measure_times(rounds, notes)
-        modes = [mode for mode in MODES if (mode, FEW) in times]
-        sends = _measure_sends(load, rounds, seed, path, modes, progress)
+    with pinned(plan.cpu):
+        times = _measure_times(plan.rounds, notes)
+    modes = [mode for mode in MODES if (mode, FEW) in times]
+    sends = _measure_sends(load, path, plan, modes)
     notes.append("Every datagram went where it belongs, none was lost.")
     return Report(
         "groups",
-        {"rounds": rounds, **load._asdict(), "seed": seed},
+        {"rounds": plan.rounds, **load._asdict(), "seed": plan.seed},
         [_times_table(times), _sends_table(sends)],
         _bars(times, sends),
         notes,
@@ -84,14 +82,15 @@ def _timed(call: Callable[[], _Result]) -> tuple[float, _Result]:
 
 
 def _measure_sends(
-    load: Load, rounds: int, seed: int, path: Path, modes: list[SteeringMode], progress: Callable[[str], None]
+    load: Load, path: Path, plan: Plan, modes: list[SteeringMode]
 ) -> dict[tuple[SteeringMode, int], list[float]]:
     lanes: list[Lane] = []
     with contextlib.ExitStack() as stack:
         for workers in (FEW, MANY):
             for mode in modes:
-                lanes.append(open_lane(stack, _name(mode, workers), ours(mode), Traffic.OURS, workers, load, path))
-        samples = measure(lanes, path, load.batches, rounds, seed, progress)
+                name = _name(mode, workers)
+                lanes.append(open_lane(stack, name, ours(mode), Traffic.OURS, workers=workers, load=load, path=path))
+        samples = measure(lanes, path, load.batches, plan)
     return {(mode, workers): samples[_name(mode, workers)].send for workers in (FEW, MANY) for mode in modes}
 
 

@@ -8,7 +8,7 @@ from quicsteer import SteeringUnavailable
 
 from . import rules
 from ._libbpf import PeersUnavailable
-from .lanes import Lane, Load, Path, Traffic, make_load, measure, open_lane, pinned
+from .lanes import Lane, Load, Path, Plan, Traffic, make_load, measure, open_lane
 from .report import RATIO, Bar, Report, Table, differences, first_line, spread
 from .rules import Rule
 
@@ -50,7 +50,6 @@ class Axis(NamedTuple):
     rules: _Rules
     workers: Callable[[int], int]
     load: Callable[[int], Load]
-    traffic: Traffic = Traffic.OURS
     fits: Callable[[Rule, int], bool] = lambda _rule, _value: True
 
 
@@ -92,67 +91,51 @@ AXES = (
 )
 
 
-def run(
-    rounds: int, seed: int, cpu: int, path: Path, progress: Callable[[str], None] = lambda _: None, quick: bool = False
-) -> Report:
-    """Measure along all axes.
+def run(path: Path, plan: Plan, quick: bool = False) -> Report:
+    """Measure along all axes; ``quick`` takes the ends of each.
 
     Raises: Astray when a datagram was lost or mis-steered.
     """
     notes: list[str] = []
-    tables, bars, samples = [], [], {}
+    tables: list[Table] = []
+    bars: list[Bar] = []
+    samples: dict[str, list[float]] = {}
     for axis in AXES:
         values = (axis.values[0], axis.values[-1]) if quick else axis.values
-        sends = _measure(axis, values, rounds, seed, cpu, path, notes, progress)
+        sends: dict[Point, list[float]] = {}
+        for value in values:
+            sends |= _measure(axis, value, path, plan, notes)
         tables.append(_table(axis, values, sends))
-        bars += list(_bars(axis, sends))
+        bars += _bars(axis, sends)
         samples |= {f"{axis.unit}: {point}": taken for point, taken in sends.items()}
     notes.append(
-        "nginx's rule is not in the table of trains: it reads what lies in the linear part of a packet, where a train from "
-        "a local sender has its UDP header alone, so it steers none of them."
+        "nginx's rule is not in the table of trains: it reads what lies in the linear part of a packet, where a train "
+        "from a local sender has its UDP header alone, so it steers none of them."
     )
     notes.append("Every datagram went where it belongs, none was lost.")
-    return Report("growth", {"rounds": rounds, "seed": seed}, tables, bars, notes, samples)
+    return Report("growth", {"rounds": plan.rounds, "seed": plan.seed}, tables, bars, notes, samples)
 
 
-def _measure(
-    axis: Axis,
-    values: Iterable[int],
-    rounds: int,
-    seed: int,
-    cpu: int,
-    path: Path,
-    notes: list[str],
-    progress: Callable[[str], None],
-) -> dict[Point, list[float]]:
-    """Measure one value after the other: what is compared lies in the same rounds."""
-    sends: dict[Point, list[float]] = {}
-    for value in values:
-        lanes: list[Lane] = []
-        points: dict[str, Point] = {}
-        with contextlib.ExitStack() as stack:
-            for rule in (rules.NONE, *axis.rules):
-                if not axis.fits(rule, value):
-                    continue
-                point = Point(rule, value)
-                try:
-                    load = axis.load(value)
-                    lanes.append(open_lane(stack, str(point), rule, axis.traffic, axis.workers(value), load, path))
-                except (SteeringUnavailable, PeersUnavailable) as error:
-                    notes.append(f"Left out: {point}. {first_line(error)}")
-                    continue
-                points[str(point)] = point
-            with pinned(cpu):
-                taken = measure(
-                    lanes,
-                    path,
-                    load.batches,
-                    rounds,
-                    seed,
-                    lambda text, at=value: progress(f"{at:,} {axis.unit}: {text}"),
-                )
-        sends |= {points[name]: sample.send for name, sample in taken.items()}
-    return sends
+def _measure(axis: Axis, value: int, path: Path, plan: Plan, notes: list[str]) -> dict[Point, list[float]]:
+    """Measure at one value: what is compared lies in the same rounds."""
+    lanes: list[Lane] = []
+    points: dict[str, Point] = {}
+    load, workers = axis.load(value), axis.workers(value)
+    with contextlib.ExitStack() as stack:
+        for rule in (rules.NONE, *axis.rules):
+            if not axis.fits(rule, value):
+                continue
+            point = Point(rule, value)
+            try:
+                lane = open_lane(stack, str(point), rule, Traffic.OURS, workers=workers, load=load, path=path)
+            except (SteeringUnavailable, PeersUnavailable) as error:
+                notes.append(f"Left out: {point}. {first_line(error)}")
+                continue
+            lanes.append(lane)
+            points[lane.name] = point
+        here = plan._replace(progress=lambda text: plan.progress(f"{value:,} {axis.unit}: {text}"))
+        taken = measure(lanes, path, load.batches, here)
+    return {points[name]: sample.send for name, sample in taken.items()}
 
 
 def _table(axis: Axis, values: Iterable[int], sends: dict[Point, list[float]]) -> Table:

@@ -41,6 +41,15 @@ class Load(NamedTuple):
     segments: int = 1
 
 
+class Plan(NamedTuple):
+    """How to measure: ``seed`` is that of the order of the lanes, ``cpu`` where all runs."""
+
+    rounds: int
+    seed: int
+    cpu: int
+    progress: Callable[[str], None] = lambda _: None
+
+
 class Path(NamedTuple):
     """The way from clients to servers: who sends, the address of the first flow, and the servers' address.
 
@@ -95,7 +104,7 @@ def make_load(flows: int, size: int, batches: int, segments: int = 1) -> Load:
 
 
 def open_lane(
-    stack: contextlib.ExitStack, name: str, rule: Rule, traffic: Traffic, workers: int, load: Load, path: Path
+    stack: contextlib.ExitStack, name: str, rule: Rule, traffic: Traffic, *, workers: int, load: Load, path: Path
 ) -> Lane:
     """Open a group, and make one datagram for each flow, whose last bytes name the socket that must get it.
 
@@ -107,12 +116,13 @@ def open_lane(
     rng.shuffle(slots)
     heads = [_make_head(traffic, steered, slot, rule.cid_length, rng) for slot in slots]
     named, arrival = slots, Arrival.AT_NAMED_SOCKET if rule.steers else Arrival.AT_ANY_SOCKET
-    if traffic is Traffic.INITIALS:
-        named = [steered.initial(head[LONG_DCID_OFFSET:]) for head in heads]
     if rule is CONNECTED:
         named, arrival = list(range(load.flows)), Arrival.AT_NAMED_SOCKET
-    if None in named:
-        named, arrival = slots, Arrival.AT_ANY_SOCKET
+    if traffic is Traffic.INITIALS:
+        reached = [steered.initial(head[LONG_DCID_OFFSET:]) for head in heads]
+        named = [slot for slot in reached if slot is not None]
+        if len(named) < len(reached):
+            named, arrival = slots, Arrival.AT_ANY_SOCKET
     if traffic is Traffic.JUNK and rule.steers:
         arrival = Arrival.NOWHERE
     datagrams = [
@@ -159,14 +169,7 @@ def pinned(cpu: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def measure(
-    lanes: Sequence[Lane],
-    path: Path,
-    batches: int,
-    rounds: int,
-    seed: int,
-    progress: Callable[[str], None] = lambda _: None,
-) -> dict[str, Samples]:
+def measure(lanes: Sequence[Lane], path: Path, batches: int, plan: Plan) -> dict[str, Samples]:
     """Run the lanes in turns; a round is one run of each, in an order of its own. One round before them warms up.
 
     The figure of a run is the median of its batches: who shares the CPU costs some batches, not all.
@@ -174,15 +177,16 @@ def measure(
     Raises: Astray
     """
     order = list(lanes)
-    rng = random.Random(seed)
+    rng = random.Random(plan.seed)
     samples = {lane.name: Samples([], 0, 0) for lane in lanes}
-    for count in range(rounds + 1):
-        progress(f"round {count} of {rounds}, {len(order)} variants")
-        rng.shuffle(order)
-        for lane in order:
-            sample = _measure_once(lane, path, batches)
-            if count:
-                samples[lane.name] = _add(samples[lane.name], sample)
+    with pinned(plan.cpu):
+        for count in range(plan.rounds + 1):
+            plan.progress(f"round {count} of {plan.rounds}, {len(order)} variants")
+            rng.shuffle(order)
+            for lane in order:
+                sample = _measure_once(lane, path, batches)
+                if count:
+                    samples[lane.name] = _add(samples[lane.name], sample)
     return samples
 
 

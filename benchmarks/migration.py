@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from aioquic.asyncio.protocol import QuicConnectionProtocol
+from aioquic.asyncio.server import QuicServer
 from aioquic.quic.events import QuicEvent, StreamDataReceived
 
 from quicsteer import SteeringUnavailable
@@ -21,7 +22,7 @@ from quicsteer.demo import Identity, make_identity
 
 from . import rules
 from ._libbpf import PeersUnavailable
-from ._quic import QuicServer, connect, serve
+from ._quic import connect, serve
 from .lanes import LONG_HEADER, SHORT_HEADER
 from .report import Bar, Report, Table, first_line
 from .rules import LOOPBACK, Place, Rule, Steered
@@ -61,9 +62,9 @@ def run(progress: Callable[[str], None] = lambda _: None, quick: bool = False) -
         if case.rule not in _MOVED_IN_USER_SPACE:
             connections[case] = asyncio.run(_open_connections(case, identity))
     notes.append(
-        "msquic's rule chooses by the CPU that takes a datagram in, here that of the sending thread, which a hash of the "
-        "flow chooses. Its servers, and those with a socket per flow, move in user space what is at the wrong worker; "
-        "that is not done here, so they are in the first table only."
+        "msquic's rule chooses by the CPU that takes a datagram in, here that of the sending thread, which a hash of "
+        "the flow chooses. Its servers, and those with a socket per flow, move in user space what is at the wrong "
+        "worker; that is not done here, so they are in the first table only."
     )
     return Report(
         "migration",

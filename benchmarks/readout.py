@@ -37,11 +37,14 @@ _PATIENCE = 20.0
 _FORMS = {"plain": (False, 1), "split": (True, 1), "split, 2 banks": (True, 2)}
 
 
-def run(rounds: int) -> Report:
+def run(rounds: int, progress: Callable[[str], None] = lambda _: None) -> Report:
     """Measure all three."""
     notes: list[str] = []
+    progress(f"reading groups of {WORKERS} workers")
     times = _measure_stats(rounds, notes)
+    progress("the command that looks at a port")
     start, look = _measure_command(rounds)
+    progress("scrapes under load")
     quiet, scraped, scrapes = _measure_scrapes(rounds)
     spent = differences(look, start)
     slower = ratio(quiet, scraped)
