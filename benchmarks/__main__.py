@@ -77,9 +77,7 @@ BENCHMARKS = {
         9,
         1,
     ),
-    "lifecycle": _Benchmark(
-        lambda _, rounds, progress: lifecycle.run(rounds, progress), lifecycle.__doc__, 5, 1
-    ),
+    "lifecycle": _Benchmark(lambda _, rounds, progress: lifecycle.run(rounds, progress), lifecycle.__doc__, 5, 1),
     "servers": _Benchmark(
         lambda arguments, rounds, progress: servers.run(rounds, 0.3 if arguments.quick else 2.0, progress),
         servers.__doc__,

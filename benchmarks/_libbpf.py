@@ -1,4 +1,4 @@
-"""Loading ``peers.bpf.c``: compiled with clang when it is first needed, brought into the kernel by libbpf."""
+"""eBPF programs from source: compiled with clang when they are first needed, brought into the kernel by libbpf."""
 
 import atexit
 import ctypes
@@ -8,30 +8,41 @@ import platform
 import socket
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("peers.bpf.c")
+PEERS = '#include "peers.bpf.c"'
+"""The source of the programs of other servers."""
+
+_HERE = Path(__file__).parent
 _CLANGS = ("clang-19", "clang")
-_FLAGS = ("-O2", "-g", "-Wall", "-target", "bpf")
+_FLAGS = ("-O2", "-g", "-Wall", "-target", "bpf", "-mcpu=v3", "-x", "c")
+_INCLUDES = (_HERE, _HERE.parent / "bpf", _HERE.parent / "csrc", Path(f"/usr/include/{platform.machine()}-linux-gnu"))
 _SO_ATTACH_REUSEPORT_EBPF = 52  # include/uapi/asm-generic/socket.h
 
 
-class PeersUnavailable(Exception):
-    """The programs of other servers cannot be built or loaded here."""
+class ProgramUnavailable(Exception):
+    """A program cannot be built or loaded here."""
 
 
-class PeerProgram:
-    """One of the programs, loaded, with maps of its own. ``close`` gives up what this process holds of it.
+class Program:
+    """A program of a source, loaded, with maps of its own. ``close`` gives up what this process holds of it.
 
-    Raises: PeersUnavailable
+    ``sizes`` are entries of maps, where the source says other ones; ``constants`` is what ``.rodata`` holds.
+
+    Raises: ProgramUnavailable
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, source: str, name: str, sizes: Mapping[str, int] = {}, constants: bytes = b"") -> None:
         library = _library()
-        path = os.fsencode(_compile())
+        path = os.fsencode(_compile(source))
         self._object = library.bpf_object__open_file(path, None)
         if not self._object:
-            raise PeersUnavailable(f"libbpf cannot open what clang made of {_SOURCE.name}")
+            raise ProgramUnavailable(f"libbpf cannot open what clang made of {source}")
+        for each, entries in sizes.items():
+            library.bpf_map__set_max_entries(self._find_map(each), entries)
+        if constants:
+            library.bpf_map__set_initial_value(self._find_map(".rodata"), constants, len(constants))
         program = None
         each = library.bpf_object__next_program(self._object, None)
         while each:
@@ -42,7 +53,7 @@ class PeerProgram:
         status = library.bpf_object__load(self._object)
         if status:
             self.close()
-            raise PeersUnavailable(f"loading the program {name} of {_SOURCE.name}: {os.strerror(-status)}")
+            raise ProgramUnavailable(f"loading the program {name}: {os.strerror(-status)}")
         self._program = library.bpf_program__fd(program)
 
     def attach(self, sock: socket.socket) -> None:
@@ -52,10 +63,14 @@ class PeerProgram:
     def put(self, name: str, key: bytes, value: bytes) -> None:
         """Write an entry of a map."""
         library = _library()
-        number = library.bpf_object__find_map_fd_by_name(self._object, name.encode())
+        number = library.bpf_map__fd(self._find_map(name))
         if library.bpf_map_update_elem(number, key, value, 0):
             error = ctypes.get_errno()
             raise OSError(error, f"writing the map {name}: {os.strerror(error)}")
+
+    def _find_map(self, name: str) -> int:
+        found: int = _library().bpf_object__find_map_by_name(self._object, name.encode())
+        return found
 
     def close(self) -> None:
         """Unload, as far as no group uses it."""
@@ -69,8 +84,8 @@ def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL("libbpf.so.1", use_errno=True)
     except OSError as error:
-        raise PeersUnavailable(f"{error}: install libbpf1") from error
-    pointers = ("bpf_object__open_file", "bpf_object__next_program")
+        raise ProgramUnavailable(f"{error}: install libbpf1") from error
+    pointers = ("bpf_object__open_file", "bpf_object__next_program", "bpf_object__find_map_by_name")
     for name in pointers:
         getattr(library, name).restype = ctypes.c_void_p
     library.bpf_program__name.restype = ctypes.c_char_p
@@ -82,24 +97,27 @@ def _library() -> ctypes.CDLL:
     library.bpf_object__load.argtypes = [pointer]
     library.bpf_program__fd.argtypes = [pointer]
     library.bpf_object__close.argtypes = [pointer]
-    library.bpf_object__find_map_fd_by_name.argtypes = [pointer, ctypes.c_char_p]
+    library.bpf_object__find_map_by_name.argtypes = [pointer, ctypes.c_char_p]
+    library.bpf_map__fd.argtypes = [pointer]
+    library.bpf_map__set_max_entries.argtypes = [pointer, ctypes.c_uint32]
+    library.bpf_map__set_initial_value.argtypes = [pointer, ctypes.c_char_p, ctypes.c_size_t]
     library.bpf_map_update_elem.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64]
     library.libbpf_set_print(None)
     return library
 
 
 @functools.cache
-def _compile() -> Path:
-    directory = tempfile.TemporaryDirectory(prefix="quicsteer-peers-")
-    output = Path(directory.name, "peers.o")
-    include = f"-I/usr/include/{platform.machine()}-linux-gnu"
+def _compile(source: str) -> Path:
+    directory = tempfile.TemporaryDirectory(prefix="quicsteer-bpf-")
+    atexit.register(directory.cleanup)
+    output = Path(directory.name, "program.o")
+    includes = [f"-I{path}" for path in _INCLUDES]
     for clang in _CLANGS:
         try:
-            subprocess.run([clang, *_FLAGS, include, "-c", _SOURCE, "-o", output], check=True)
+            subprocess.run([clang, *_FLAGS, *includes, "-c", "-", "-o", output], input=source, text=True, check=True)
         except FileNotFoundError:
             continue
         except subprocess.CalledProcessError as error:
-            raise PeersUnavailable(f"{clang} cannot compile {_SOURCE.name}: install libbpf-dev") from error
-        atexit.register(directory.cleanup)
+            raise ProgramUnavailable(f"{clang} cannot compile {source!r}: install libbpf-dev") from error
         return output
-    raise PeersUnavailable("no clang: install clang-19 and libbpf-dev")
+    raise ProgramUnavailable("no clang: install clang-19 and libbpf-dev")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from quicsteer import SteeringUnavailable
 
 from . import rules
-from ._libbpf import PeersUnavailable
+from ._libbpf import ProgramUnavailable
 from ._native import Arrival
 from .lanes import LONG_HEADER, Lane, Path, make_load, send
 from .report import RATIO, Bar, Report, Table, first_line
@@ -28,7 +28,9 @@ GUESS_LIMIT = 0.52
 TRAINING, TRIALS = 4_000, 10_000
 """Pairs of connection IDs to learn from, and to guess at."""
 
-RULES = (rules.NONE, rules.EBPF, rules.CBPF, *rules.PEERS)
+RULES = (rules.NONE, rules.EBPF, rules.CBPF, rules.ENVOY, rules.NGINX, rules.NGHTTPX, rules.UDPGRM)
+"""Not msquic's, which looks at no DCID."""
+
 _OURS = (rules.EBPF, rules.CBPF)
 _SIZE = 64
 _NAMED_FORMATS = {rules.NONE.name: "8 random bytes", rules.EBPF.name: "quicsteer, 8 bytes"}
@@ -53,7 +55,7 @@ def run(path: Path, seed: int, progress: Callable[[str], None] = lambda _: None,
             progress(f"chosen DCIDs: {rule.name}, {workers} workers")
             try:
                 aims.append(_aim(rule, workers, QUICK_DCIDS if quick else DCIDS, path))
-            except (SteeringUnavailable, PeersUnavailable) as error:
+            except (SteeringUnavailable, ProgramUnavailable) as error:
                 notes.append(f"Left out: {rule.name}. {first_line(error)}")
     guesses = _guess_all(seed, progress, notes)
     notes += [
@@ -137,8 +139,8 @@ def _guess_all(seed: int, progress: Callable[[str], None], notes: list[str]) -> 
     workers = WORKERS[0]
     guesses = []
     for rule in RULES:
-        if rule in (rules.CBPF, rules.MSQUIC):
-            continue  # the same connection IDs as in the mode ebpf; none that name a worker
+        if rule is rules.CBPF:
+            continue  # the same connection IDs as in the mode ebpf
         progress(f"linkability: {rule.name}")
         rng = random.Random(seed)
         try:
@@ -146,7 +148,7 @@ def _guess_all(seed: int, progress: Callable[[str], None], notes: list[str]) -> 
                 steered = rule.open(stack, LOOPBACK, workers)
                 connection = _guess(rule, workers, functools.partial(_pair_of_connections, steered, workers, rng))
                 worker = _guess(rule, workers, functools.partial(_pair_of_workers, steered, workers, rng))
-        except (SteeringUnavailable, PeersUnavailable) as error:
+        except (SteeringUnavailable, ProgramUnavailable) as error:
             notes.append(f"Left out: {rule.name}. {first_line(error)}")
             continue
         guesses.append(Guess(_NAMED_FORMATS.get(rule.name, f"of {rule.name}"), connection, worker))

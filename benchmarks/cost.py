@@ -8,7 +8,7 @@ from quicsteer import SteeringMode, SteeringUnavailable
 
 from . import rules
 from ._capabilities import CAP_PERFMON, CAP_SYS_ADMIN
-from ._libbpf import PeersUnavailable
+from ._libbpf import ProgramUnavailable
 from .lanes import Lane, Load, Path, Plan, Traffic, measure, open_lane
 from .report import RATIO, Bar, Report, Table, differences, first_line, ratio, spread
 from .rules import Rule
@@ -34,11 +34,11 @@ VARIANTS = (
     Variant("ebpf", rules.EBPF, Traffic.OURS, _NONE),
     Variant("ebpf, loaded without CAP_PERFMON", _BARE, Traffic.OURS, _NONE),
     Variant("cbpf", rules.CBPF, Traffic.OURS, _NONE),
-    *(Variant(rule.name, rule, Traffic.OURS, _NONE) for rule in (*rules.PEERS, rules.CONNECTED)),
+    *(Variant(rule.name, rule, Traffic.OURS, _NONE) for rule in (*rules.OTHERS, rules.CONNECTED)),
     Variant(_NONE_INITIALS, rules.NONE, Traffic.INITIALS, _NONE_INITIALS),
     *(
         Variant(f"{rule.name}, Initials", rule, Traffic.INITIALS, _NONE_INITIALS)
-        for rule in (rules.EBPF, rules.CBPF, *rules.PEERS)
+        for rule in (rules.EBPF, rules.CBPF, *rules.OTHERS)
     ),
     Variant(_NONE_JUNK, rules.NONE, Traffic.JUNK, _NONE_JUNK),
     *(
@@ -79,13 +79,13 @@ def run(workers: int, load: Load, path: Path, plan: Plan, name: str = "cost") ->
                 lanes.append(
                     open_lane(stack, each.name, each.rule, each.traffic, workers=workers, load=load, path=path)
                 )
-            except (SteeringUnavailable, PeersUnavailable) as error:
+            except (SteeringUnavailable, ProgramUnavailable) as error:
                 notes.append(f"Left out: {each.name}. {first_line(error)}")
         samples = measure(lanes, path, load.batches, plan)
     total = sum(sample.datagrams for sample in samples.values())
     late = sum(sample.late for sample in samples.values())
     notes.append(f"{total:,} datagrams, each where it belongs, none lost; {late} batches had to be waited for.")
-    notes += [f"Simpler than the original: {rule.name}, {rule.simpler}." for rule in rules.PEERS if rule.simpler]
+    notes += [f"Simpler than the original: {rule.name}, {rule.simpler}." for rule in rules.OTHERS if rule.simpler]
     sends = {lane: sample.send for lane, sample in samples.items()}
     return Report(
         name,

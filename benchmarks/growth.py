@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from quicsteer import SteeringUnavailable
+from quicsteer.abi import TABLE_SIZE
 
 from . import rules
-from ._libbpf import PeersUnavailable
+from ._libbpf import ProgramUnavailable
 from .lanes import Lane, Load, Path, Plan, Traffic, make_load, measure, open_lane
 from .report import RATIO, Bar, Report, Table, differences, first_line, spread
 from .rules import Rule
@@ -18,6 +19,8 @@ FLOWS = (1, 16, 64, 1024, 10_240, 100_032)
 SIZES = (64, 300, 1200, 1472)
 TRAINS = (1, 4, 16)
 TRAIN_SIZE = 1200
+TABLES = (256, 1024, 16_384, 1_048_576)
+TABLE_FLOWS = 16_384
 CONNECTED_FLOWS_MAX = 10_240
 UDPGRM_SOCKETS_MAX = 256
 GROWTH_LIMIT = 1.5
@@ -28,7 +31,7 @@ _FEW_SOCKETS, _MANY_SOCKETS = SOCKETS[0], SOCKETS[-1]
 
 _Rules = Sequence[Rule]
 _OURS = (rules.EBPF, rules.CBPF)
-_ALL = (rules.PASS, *_OURS, *rules.PEERS)
+_ALL = (rules.PASS, *_OURS, *rules.OTHERS)
 
 
 class Point(NamedTuple):
@@ -51,6 +54,8 @@ class Axis(NamedTuple):
     workers: Callable[[int], int]
     load: Callable[[int], Load]
     fits: Callable[[Rule, int], bool] = lambda _rule, _value: True
+    traffic: Traffic = Traffic.OURS
+    variant: Callable[[Rule, int], Rule] = lambda rule, _value: rule
 
 
 AXES = (
@@ -87,6 +92,16 @@ AXES = (
         (rules.PASS, *_OURS, rules.UDPGRM),
         lambda _: _WORKERS,
         lambda value: make_load(1024, TRAIN_SIZE, _BATCHES, value),
+    ),
+    Axis(
+        f"Entries of the dispatch table, Initials of {TABLE_FLOWS:,} flows; a group has {TABLE_SIZE:,}",
+        "entries",
+        TABLES,
+        (rules.PASS, rules.EBPF),
+        lambda _: _WORKERS,
+        lambda _: make_load(TABLE_FLOWS, 64, _BATCHES),
+        traffic=Traffic.INITIALS,
+        variant=lambda rule, value: rules.ours_with_table(value) if rule is rules.EBPF else rule,
     ),
 )
 
@@ -127,8 +142,9 @@ def _measure(axis: Axis, value: int, path: Path, plan: Plan, notes: list[str]) -
                 continue
             point = Point(rule, value)
             try:
-                lane = open_lane(stack, str(point), rule, Traffic.OURS, workers=workers, load=load, path=path)
-            except (SteeringUnavailable, PeersUnavailable) as error:
+                opened = axis.variant(rule, value)
+                lane = open_lane(stack, str(point), opened, axis.traffic, workers=workers, load=load, path=path)
+            except (SteeringUnavailable, ProgramUnavailable) as error:
                 notes.append(f"Left out: {point}. {first_line(error)}")
                 continue
             lanes.append(lane)

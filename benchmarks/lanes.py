@@ -108,7 +108,7 @@ def open_lane(
 ) -> Lane:
     """Open a group, and make one datagram for each flow, whose last bytes name the socket that must get it.
 
-    Raises: SteeringUnavailable, PeersUnavailable when the rule does not work here.
+    Raises: SteeringUnavailable, ProgramUnavailable when the rule does not work here.
     """
     steered = rule.open(stack, Place(path.host, path.sources(load.flows)), workers)
     rng = random.Random(traffic)

@@ -21,7 +21,7 @@ from quicsteer import SteeringUnavailable
 from quicsteer.demo import Identity, make_identity
 
 from . import rules
-from ._libbpf import PeersUnavailable
+from ._libbpf import ProgramUnavailable
 from ._quic import connect, serve
 from .lanes import LONG_HEADER, SHORT_HEADER
 from .report import Bar, Report, Table, first_line
@@ -34,7 +34,7 @@ CONNECTIONS = 25
 PATIENCE = 3.0
 """Seconds after which a connection counts as lost; a living one answers within milliseconds."""
 
-RULES = (rules.NONE, rules.EBPF, rules.CBPF, *rules.PEERS, rules.CONNECTED)
+RULES = (rules.NONE, rules.EBPF, rules.CBPF, *rules.OTHERS, rules.CONNECTED)
 _OURS = (rules.EBPF, rules.CBPF)
 _MOVED_IN_USER_SPACE = (rules.MSQUIC, rules.CONNECTED)
 
@@ -82,7 +82,7 @@ def _works(case: Case, notes: list[str]) -> bool:
     try:
         with contextlib.ExitStack() as stack:
             case.rule.open(stack, LOOPBACK, case.workers)
-    except (SteeringUnavailable, PeersUnavailable) as error:
+    except (SteeringUnavailable, ProgramUnavailable) as error:
         notes.append(f"Left out: {case.rule.name} with {case.workers} workers. {first_line(error)}")
         return False
     return True

@@ -22,7 +22,7 @@ from quicsteer.decision import Rules, decide
 
 from ._aes import decryption_keys, inverse_substitutions, inverse_tables
 from ._capabilities import without as without_capabilities
-from ._libbpf import PeerProgram
+from ._libbpf import PEERS, Program
 
 KEY = bytes(range(KEY_LENGTH))
 RECEIVE_BUFFER = 4 << 20
@@ -183,7 +183,7 @@ def _open_plain(stack: contextlib.ExitStack, place: Place, workers: int) -> Stee
 
 def _open_pass(stack: contextlib.ExitStack, place: Place, workers: int) -> Steered:
     steered = _open_plain(stack, place, workers)
-    with contextlib.closing(PeerProgram("pass")) as program:
+    with contextlib.closing(Program(PEERS, "pass")) as program:
         program.attach(steered.sockets[0])
     return steered
 
@@ -203,7 +203,7 @@ def _open_msquic(stack: contextlib.ExitStack, place: Place, workers: int) -> Ste
 def _open_nginx(stack: contextlib.ExitStack, place: Place, workers: int) -> Steered:
     sockets = open_sockets(stack, place.host, workers)
     cookies = [_cookie(sock) for sock in sockets]
-    with contextlib.closing(PeerProgram("nginx")) as program:
+    with contextlib.closing(Program(PEERS, "nginx")) as program:
         for sock, cookie in zip(sockets, cookies, strict=True):
             program.put("nginx_sockets", cookie, _descriptor(sock))
         program.attach(sockets[0])
@@ -216,7 +216,7 @@ def _open_nginx(stack: contextlib.ExitStack, place: Place, workers: int) -> Stee
 
 def _open_udpgrm(stack: contextlib.ExitStack, place: Place, workers: int) -> Steered:
     sockets = open_sockets(stack, place.host, workers)
-    with contextlib.closing(PeerProgram("udpgrm")) as program:
+    with contextlib.closing(Program(PEERS, "udpgrm")) as program:
         for index, sock in enumerate(sockets):
             program.put("udpgrm_sockets", _cookie(sock), _descriptor(sock))
             program.put("udpgrm_cookies", struct.pack("=I", index), _cookie(sock))
@@ -230,7 +230,7 @@ def _open_udpgrm(stack: contextlib.ExitStack, place: Place, workers: int) -> Ste
 def _open_nghttpx(stack: contextlib.ExitStack, place: Place, workers: int) -> Steered:
     sockets = open_sockets(stack, place.host, workers)
     identifiers = [secrets.token_bytes(8) for _ in sockets]
-    with contextlib.closing(PeerProgram("nghttpx")) as program:
+    with contextlib.closing(Program(PEERS, "nghttpx")) as program:
         tables = [word for table in inverse_tables() for word in table]
         value = struct.pack(f"={44 + 1024}I", *decryption_keys(_AES_KEY), *tables)
         program.put("nghttpx_aes", bytes(4), value + inverse_substitutions() + struct.pack("=I", workers))
@@ -271,18 +271,46 @@ def ours(mode: SteeringMode, *, drop_invalid: bool = False, without: tuple[int, 
         sockets = tuple(worker.socket for worker in group.workers)
         for sock in sockets:
             set_buffer(sock)
-        rules = Rules(KEY, CID_LENGTH_DEFAULT, workers, workers, drop_invalid)
         return Steered(
             group.addresses[0][1],
             sockets,
             lambda worker, _: group.workers[worker].connection_ids.issue(),
-            lambda dcid: decide(_LONG_HEADER + bytes([len(dcid)]) + dcid, rules).slot,
+            _dispatch(workers),
             lambda: group.stats().sink or 0,
         )
 
     return Rule(
         str(mode), CID_LENGTH_DEFAULT, open_group, steers=mode.steers, forge=keep_first(CID_LENGTH_DEFAULT // 2)
     )
+
+
+def ours_with_table(size: int) -> Rule:
+    """Return the rule of the mode ``ebpf`` with a dispatch table of another size, from the package's own source.
+
+    ``size`` is a power of two and at least the number of workers, which is one too: so the table leads to the same
+    workers as the package's own.
+    """
+    source = f'#include "abi.h"\n#undef QS_TABLE_SIZE\n#define QS_TABLE_SIZE {size}\n#include "steer.bpf.c"\n'
+
+    def open_group(stack: contextlib.ExitStack, place: Place, workers: int) -> Steered:
+        sockets = open_sockets(stack, place.host, workers)
+        constants = KEY + struct.pack("=4I", CID_LENGTH_DEFAULT, workers, workers, False)
+        sizes = {"sockets": workers + 1, "counters": workers + 1}
+        with contextlib.closing(Program(source, "steer", sizes, constants)) as program:
+            for index, sock in enumerate(sockets):
+                program.put("sockets", struct.pack("=I", index), _descriptor(sock))
+            for index in range(size):
+                program.put("table", struct.pack("=I", index), struct.pack("=I", index % workers))
+            program.attach(sockets[0])
+        return Steered(_port(sockets), sockets, random_cid(CID_LENGTH_DEFAULT), _dispatch(workers))
+
+    return Rule(f"ebpf, table of {size:,}", CID_LENGTH_DEFAULT, open_group)
+
+
+def _dispatch(workers: int) -> Callable[[bytes], int | None]:
+    """Return where this package's rule sends a client's own DCID."""
+    rules = Rules(KEY, CID_LENGTH_DEFAULT, workers, workers, False)
+    return lambda dcid: decide(_LONG_HEADER + bytes([len(dcid)]) + dcid, rules).slot
 
 
 def _port(sockets: Sequence[socket.socket]) -> int:
@@ -322,5 +350,5 @@ UDPGRM = Rule(
 MSQUIC = Rule("msquic's rule", 9, _open_msquic, steers=False)
 CONNECTED = Rule("a connected socket per flow", 8, _open_connected, steers=False)
 
-PEERS = (ENVOY, NGINX, NGHTTPX, UDPGRM, MSQUIC)
+OTHERS = (ENVOY, NGINX, NGHTTPX, UDPGRM, MSQUIC)
 """The rules of other servers."""
