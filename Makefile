@@ -31,6 +31,11 @@ test-kernels: $(VENV)/.test ## Run the promises on other kernels, emulated; REPL
 	.ci/install-packages $(KERNEL_PACKAGES)
 	cd tests && QUICSTEER_KERNELS=../.kernels QUICSTEER_REPLACE_SECONDS=$(REPLACE) ../$(VENV)/bin/pytest -c ../pyproject.toml --rootdir .. kernels -rP $(PYTEST)
 
+.PHONY: bench
+bench: $(VENV)/.bench ## Measure what steering costs, beside other servers' rules; BENCH="all --quick" for two minutes
+	$(VENV)/bin/python setup.py -q build_ext --inplace
+	$(VENV)/bin/python -m benchmarks $(or $(BENCH),all --json benchmarks/results)
+
 .PHONY: fuzz
 fuzz: $(VENV)/.test ## Fuzz the decision and every parser; SECONDS=600 for longer
 	cd tests && QUICSTEER_FUZZ_SECONDS=$(or $(SECONDS),60) ../$(VENV)/bin/pytest -c ../pyproject.toml --rootdir .. fuzz -rP $(PYTEST)
@@ -74,6 +79,10 @@ $(VENV)/bin/pip:
 $(VENV)/.demo: $(VENV)/bin/pip $(SOURCES)
 	$(VENV)/bin/pip install -q --force-reinstall --no-deps .
 	$(VENV)/bin/pip install -q '.[aioquic]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(VENV)/bin/pip install -q '.[bench]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/bin/pip $(SOURCES)

@@ -47,12 +47,13 @@ def _caption(report: Report) -> str:
 def _figure(height: float, count: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     strip = 0.2 / height  # for the caption
-    figure.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))  # type: ignore[union-attr,call-arg]
+    engine: Any = figure.get_layout_engine()
+    engine.set(rect=(0, strip, 1, 1 - strip))
     return figure, [figure.add_subplot(rows, -(-count // rows), number + 1) for number in range(count)]
 
 
 def _color(name: str) -> str:
-    return _OURS if name.startswith(("ebpf", "cbpf", "quicsteer")) else _OTHERS
+    return _OURS if any(word in name for word in ("ebpf", "cbpf", "quicsteer", "split")) else _OTHERS
 
 
 def _bars(axes: Axes, names: Sequence[str], values: Sequence[Any], title: str) -> None:
@@ -109,9 +110,8 @@ def _migration(report: Report) -> Figure:
     figure, places = _figure(3.4, 2)
     for axes, table, what in zip(places, report.tables, ("datagrams", "QUIC connections"), strict=True):
         four = [row for row in table.rows if row[1] == 4]
-        title = f"{what} that reach their worker after 4 changes of address, %, 4 workers"
+        title = f"{what} that reach their worker\nafter 4 changes of address, %, 4 workers"
         _bars(axes, [row[0] for row in four], [row[-1] * 100 for row in four], title)
-        axes.title.set_fontsize(7)
     return figure
 
 
@@ -137,10 +137,14 @@ def _attacks(report: Report) -> Figure:
 def _floods(report: Report) -> Figure:
     junk, initials = report.tables
     figure, places = _figure(2.8, 2)
-    _bars(places[0], _column(junk, "lane"), _column(junk, "goodput, MB/s"), "Junk at full rate: goodput, MB/s")
+    _bars(
+        places[0],
+        _column(junk, "lane"),
+        _column(junk, "goodput, MB/s"),
+        "Junk at full rate:\ngoodput of established connections, MB/s",
+    )
     lost = _column(initials, "frames lost, %")
-    _bars(places[1], _column(initials, "lane"), lost, "Initials at full rate: lost on established connections, %")
-    places[1].title.set_fontsize(7)
+    _bars(places[1], _column(initials, "lane"), lost, "Initials at full rate:\nlost on established connections, %")
     return figure
 
 

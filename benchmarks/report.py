@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 _FIRST_MARK, _LAST_MARK = "<!-- figures -->", "<!-- end of figures -->"
 
+_PICTURES = Path("images", "benchmarks")
+
 RATIO = "ratio"
 """Unit of a bar that compares two figures."""
 
@@ -152,7 +154,7 @@ def render(report: Report) -> str:
 
 
 def insert(reports: Sequence[Report], path: Path) -> None:
-    """Put the reports into a Markdown file, between its two marks.
+    """Put the reports into a Markdown file, between its two marks, with their pictures if they lie there.
 
     Raises: ValueError when it has no marks.
     """
@@ -160,8 +162,16 @@ def insert(reports: Sequence[Report], path: Path) -> None:
     _, last, after = rest.partition(_LAST_MARK)
     if not last:
         raise ValueError(f"{path} has no {_FIRST_MARK} and {_LAST_MARK}")
-    figures = "\n".join(render(report) for report in reports)
+    figures = "\n".join(_section(report, path.parent) for report in reports)
     path.write_text(f"{before}{first}\n\n{figures}\n{last}{after}")
+
+
+def _section(report: Report, directory: Path) -> str:
+    lines = [f"### {report.benchmark}", ""]
+    picture = _PICTURES / f"{report.benchmark}.svg"
+    if (directory / picture).exists():
+        lines += [f"![{report.benchmark}]({picture})", ""]
+    return "\n".join(lines) + "\n" + render(report)
 
 
 def _verdict(bar: Bar) -> str:
@@ -169,7 +179,7 @@ def _verdict(bar: Bar) -> str:
 
 
 def _number(value: float, unit: str) -> str:
-    return f"{value:.3f}" if unit == RATIO else f"{value:.0f} {unit}"
+    return f"{value:.3f}" if unit == RATIO else f"{value:.3g} {unit}"
 
 
 def _render_table(table: Table) -> list[str]:

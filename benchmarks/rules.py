@@ -78,6 +78,9 @@ class Rule:
     read: Callable[[bytes, int], int | bytes | None] = lambda _cid, _workers: None
     forge: Callable[[bytes], bytes] = lambda cid: secrets.token_bytes(len(cid))
 
+    def __str__(self) -> str:
+        return self.name
+
 
 def random_cid(length: int) -> Callable[[int, bytes | None], bytes]:
     """Return a way to issue connection IDs that say nothing."""

@@ -54,7 +54,7 @@ _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _PROFILED = (PLAIN, str(SteeringMode.CBPF), str(SteeringMode.EBPF))
 _PROFILED_WORKERS = 1
 _PROFILE_SECONDS_MAX = 30
-_FUNCTIONS = 25
+_FUNCTIONS = 12
 
 
 _NOTES = (

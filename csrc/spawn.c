@@ -74,16 +74,21 @@ static void drop_privileges(const struct qs_spawn *spawn, int report)
 }
 
 /*
- * Let signals have their default effect again. All were blocked before the fork, so none has met a handler of the
- * parent here: through the descriptor that they share, the parent would have taken it for one of its own.
+ * Let signals have their default effect again, but for those that shall be ignored. All were blocked before the fork,
+ * so none has met a handler of the parent here: through the descriptor that they share, the parent would have taken it
+ * for one of its own.
  */
-static void forget_handlers(void)
+static void forget_handlers(u64 ignored)
 {
 	sigset_t none;
 
 	for (int number = 1; number < NSIG; number++) {
 		struct sigaction action;
 
+		if (number < QS_SIGNALS && ignored >> number & 1) {
+			signal(number, SIG_IGN);
+			continue;
+		}
 		if (sigaction(number, NULL, &action))
 			continue;
 		/* What is ignored stays so, but for the two that CPython ignores: a new program expects the defaults.
@@ -110,7 +115,7 @@ static void run_child(const struct qs_spawn *spawn, char *const *environment, ch
 			*pid_digits++ = digits[--count];
 		*pid_digits = 0;
 	}
-	forget_handlers();
+	forget_handlers(spawn->ignored);
 	execve(spawn->path, spawn->arguments, environment);
 	give_up(report, STEP_EXECUTE);
 }

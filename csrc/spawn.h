@@ -9,6 +9,7 @@
 #include "types.h"
 
 #define QS_FIRST_FD 3                 /* SD_LISTEN_FDS_START */
+#define QS_SIGNALS 64                 /* bits of a set of signals; signal 64 is not among them */
 #define QS_KEEP_ID ((unsigned int)-1) /* leave the uid or gid as it is */
 
 struct qs_spawn {
@@ -18,6 +19,7 @@ struct qs_spawn {
 	const int *descriptors;   /* become 3, 4, ... in the child, without close-on-exec */
 	u32 descriptor_count;
 	unsigned int uid, gid; /* or QS_KEEP_ID */
+	u64 ignored;           /* signals that the program shall find ignored: bit 1 is signal 1 */
 };
 
 /*

@@ -60,5 +60,6 @@ def spawn(
     descriptors: tuple[int, ...],
     uid: int | None = None,
     gid: int | None = None,
+    ignored: tuple[int, ...] = (),
 ) -> int:
     """Start a program with ``descriptors`` as 3, 4, ...; an entry ``LISTEN_PID=`` gets its pid. Returns the pid."""

@@ -97,6 +97,7 @@ cdef extern from "spawn.h":
         uint32_t descriptor_count
         unsigned int uid
         unsigned int gid
+        uint64_t ignored
 
     enum:
         QS_KEEP_ID
@@ -268,7 +269,7 @@ cdef char **strings(list values) except NULL:
 
 
 def spawn(bytes path not None, list arguments not None, list environment not None, tuple descriptors not None,
-          uid=None, gid=None):
+          uid=None, gid=None, tuple ignored=()):
     cdef qs_spawn_request request
     cdef qs_result result
     cdef int *numbers = NULL
@@ -294,6 +295,7 @@ def spawn(bytes path not None, list arguments not None, list environment not Non
         request.descriptor_count = <uint32_t>len(descriptors)
         request.uid = QS_KEEP_ID if uid is None else uid
         request.gid = QS_KEEP_ID if gid is None else gid
+        request.ignored = sum(1 << number for number in ignored)
         with nogil:
             result = qs_spawn(&request)
         return check(result)

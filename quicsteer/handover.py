@@ -126,6 +126,7 @@ def start_program(
     group: int | None,
     *,
     descriptors: Sequence[int] = (),
+    ignored_signals: Sequence[int] = (),
 ) -> int:
     """Start a program that takes a worker over with ``take_over()``; return its pid.
 
@@ -163,6 +164,7 @@ def start_program(
             (*passed, memory),
             uid,
             gid,
+            tuple(ignored_signals),
         )
     finally:
         os.close(memory)

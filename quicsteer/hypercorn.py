@@ -215,7 +215,6 @@ def _format(host: str, port: int) -> str:
 
 def _work(worker: Worker, arguments: Sequence[str]) -> int:
     """Be a worker until the supervisor ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the supervisor ends its workers
     options, theirs = make_parser().parse_known_args(arguments)
     config = _read_config(theirs)
     sockets = _adopt_listeners(worker)

@@ -193,6 +193,7 @@ class _Service:
             user=options.user,
             group=self._gid,
             descriptors=options.descriptors,
+            ignored_signals=(signal.SIGINT,),  # Ctrl-C reaches all processes; the supervisor ends its workers in order
         )
 
     def _handle_signals(self) -> None:

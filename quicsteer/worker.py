@@ -205,13 +205,16 @@ class Worker:
         user: str | int | None = None,
         group: int | None = None,
         descriptors: Sequence[int] = (),
+        ignored_signals: Sequence[int] = (),
     ) -> int:
         """Start a program that takes this worker over with ``Worker.inherited()``; return its pid.
 
         The sockets are passed as 3, 4, ... by the LISTEN_FDS convention (sd_listen_fds(3)), the secrets in a sealed
         memfd. ``env`` is the environment (this process's by default). With ``user`` the program runs as that user and
         with no capability; ``group`` is a gid, the user's own by default. ``descriptors`` of this process are passed
-        besides, and found there in ``worker.descriptors``. The caller waits for the process.
+        besides, and found there in ``worker.descriptors``. ``ignored_signals`` (1 to 63) are ignored in the program
+        until it says otherwise: SIGINT, for one, which a terminal sends to all processes. The caller waits for the
+        process.
 
         Raises:
             KernelError: a call failed in the child or here; nothing is left behind.
@@ -219,7 +222,15 @@ class Worker:
             QuicSteerError: the worker is closed.
         """
         with self._lock:
-            return start_program(self._state_to_hand_over(), arguments, env, user, group, descriptors=descriptors)
+            return start_program(
+                self._state_to_hand_over(),
+                arguments,
+                env,
+                user,
+                group,
+                descriptors=descriptors,
+                ignored_signals=ignored_signals,
+            )
 
     @classmethod
     def inherited(cls) -> "Worker | None":

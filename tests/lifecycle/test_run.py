@@ -102,6 +102,9 @@ def test_a_service_ends_in_order(number: signal.Signals) -> None:
     async def main(running: Service) -> None:
         async with connected(running.address) as client:
             await client.exchange()
+            if number == signal.SIGINT:  # a terminal sends it to all processes
+                for pid in running.children():
+                    os.kill(pid, number)
             running.kill(number)
             await asyncio.to_thread(running.manager.wait_for, "STOPPING=1")
             await asyncio.to_thread(running.wait_for_workers, lambda workers: len(workers) == 1)

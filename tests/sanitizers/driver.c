@@ -189,7 +189,7 @@ static void call_spawn(void)
 	char *const arguments[] = {"true", NULL};
 	char *const environment[] = {"A=1", "LISTEN_PID=", "B=2", NULL};
 	const int descriptors[] = {0, NOT_OPEN};
-	struct qs_spawn spawn = {"/bin/true", arguments, environment, descriptors, 1, QS_KEEP_ID, QS_KEEP_ID};
+	struct qs_spawn spawn = {"/bin/true", arguments, environment, descriptors, 1, QS_KEEP_ID, QS_KEEP_ID, 0};
 	struct qs_result result = qs_spawn(&spawn);
 
 	REQUIRE(!result.error);
