@@ -13,7 +13,18 @@ from .report import Report, Spread, Table
 mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "quicsteer", "font.size": 9, "axes.axisbelow": True})
 
 _OURS, _OTHERS, _BASE = "#1b6ca8", "#b0b7bd", "#6c757d"
-_MARKERS = "osv^Dx*P"
+_LINES = {
+    "a program that does nothing": ("#6c757d", "o"),
+    "ebpf": (_OURS, "s"),
+    "cbpf": ("#e07b39", "v"),
+    "Envoy's rule": ("#9467bd", "^"),
+    "nginx's rule": ("#2ca02c", "D"),
+    "nghttpx's rule": ("#d62728", "x"),
+    "udpgrm's rule": ("#8c564b", "*"),
+    "msquic's rule": ("#17becf", "P"),
+    "a connected socket per flow": ("#bcbd22", "h"),
+}
+"""Color and marker of a rule."""
 _WIDTH = 8.0
 
 
@@ -68,7 +79,7 @@ def _bars(axes: Axes, names: Sequence[str], values: Sequence[Any], title: str) -
         text = f" {median:.0f}" if abs(median) >= 10 else f" {median:.3g}"
         axes.text(max(median, errors[1][number] + median, 0), number, text, va="center", fontsize=8)
     axes.invert_yaxis()
-    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_title(title, fontsize=8, loc="left")
     axes.margins(x=0.12)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -89,20 +100,22 @@ def _cost(report: Report) -> Figure:
 
 def _growth(report: Report) -> Figure:
     figure, places = _figure(6.5, len(report.tables), rows=2)
+    lines: dict[str, Any] = {}
     for axes, table in zip(places, report.tables, strict=True):
         for number, name in enumerate(table.columns[2:]):
             points = [(row[0], row[2 + number]) for row in table.rows if row[2 + number] is not None]
-            color = {"ebpf": _OURS, "cbpf": "#e07b39"}.get(name)
-            style = {"color": color, "linewidth": 2} if color else {"linewidth": 1}
+            color, marker = _LINES[name]
             medians = [value.median for _, value in points]
-            axes.plot([at for at, _ in points], medians, marker=_MARKERS[number], markersize=4, label=name, **style)
+            width = 2 if name in ("ebpf", "cbpf") else 1
+            (line,) = axes.plot([at for at, _ in points], medians, color=color, marker=marker, ms=4, lw=width)
+            lines.setdefault(name, line)
         axes.set_xscale("log", base=2 if table.columns[0] != "flows" else 10)
         axes.set_xlabel(table.columns[0])
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=5.5)
     for axes in places[:: -(-len(places) // 2)]:
         axes.set_ylabel("more than without a program, ns")
+    figure.legend(lines.values(), lines.keys(), loc="lower right", bbox_to_anchor=(0.98, 0.12), frameon=False)
     return figure
 
 

@@ -81,6 +81,7 @@ def test_the_s_box_is_the_one_of_fips_197() -> None:
     assert inverse_substitutions()[0xED] == 0x53
 
 
+@pytest.mark.filterwarnings("ignore::quicsteer.ForeignConnectionIdWarning")
 def test_all_variants_of_the_cost_are_measured_and_nothing_goes_astray(path: Path) -> None:
     report = cost.run(4, make_load(64, 64, 2), path, PLAN)
     assert [row[0] for row in report.tables[0].rows] == [variant.name for variant in cost.VARIANTS]

@@ -77,7 +77,9 @@ def test_every_connection_stays_with_its_worker(steering_mode: SteeringMode, wor
             assert [len(each) for each in answered_by] == [1] * CLIENTS
             assert len(set.union(*answered_by)) > 1
             assert set.union(*answered_by) <= workers
-        assert running.command("stats")["group"]["dropped"] == 0
+        shown = running.command("stats")
+        assert shown["group"]["dropped"] == 0
+        assert sum(figures["opened"] for figures in shown["quic"]) == 3 * CLIENTS
 
 
 def test_http_1_and_2_are_served_on_the_same_port_and_advertise_http_3() -> None:

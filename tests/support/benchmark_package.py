@@ -15,7 +15,8 @@ def load() -> None:
     spec = importlib.util.spec_from_file_location(
         _NAME, directory / "__init__.py", submodule_search_locations=[str(directory)]
     )
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[_NAME] = module
     spec.loader.exec_module(module)
