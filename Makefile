@@ -6,7 +6,7 @@ CLANG_MAJOR := 19
 PACKAGES := gcc libc6-dev python3-dev python3-venv
 TEST_PACKAGES := $(PACKAGES) bpftool clang-$(CLANG_MAJOR) clang-format-$(CLANG_MAJOR) libbpf-dev libclang-rt-$(CLANG_MAJOR)-dev ngtcp2-client curl iproute2 util-linux valgrind
 KERNEL_PACKAGES := busybox-static qemu-system-x86
-C_SOURCES := csrc/decide.h csrc/siphash.h csrc/types.h csrc/result.h $(foreach name,sockets loader spawn trace,csrc/$(name).h csrc/$(name).c) bpf/steer.bpf.c $(wildcard tests/fuzz/*.c tests/fuzz/*.h tests/sanitizers/*.c)
+C_SOURCES := csrc/decide.h csrc/siphash.h csrc/types.h csrc/result.h $(foreach name,sockets loader spawn trace,csrc/$(name).h csrc/$(name).c) bpf/steer.bpf.c $(wildcard benchmarks/*.c tests/fuzz/*.c tests/fuzz/*.h tests/sanitizers/*.c)
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard quicsteer/*.py quicsteer/*.pyx quicsteer/*.pyi csrc/* bpf/*.h)
 
 .PHONY: help

@@ -2,22 +2,20 @@
 
 import contextlib
 import ctypes
-import functools
 import mmap
 import multiprocessing
 import os
 import secrets
 import signal
 import socket
-import subprocess
-import tempfile
 from collections.abc import Callable, Collection, Iterator
 from enum import StrEnum
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from quicsteer.abi import LONG_DCID_OFFSET
+
+from ._compile import load_library
 
 JUNK_SIZE = 64
 INITIAL_SIZE = 1200  # the least that opens a connection (RFC 9000, 14.1)
@@ -27,8 +25,6 @@ SOURCES = 8
 
 _PATIENCE = 40.0
 _PR_SET_PDEATHSIG = 1
-_SOURCE = Path(__file__).with_name("flood.c")
-_FLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
 
 
 class Kind(StrEnum):
@@ -60,7 +56,7 @@ def flooding(kind: Kind, address: tuple[str, int], cpu: int, seconds: float) -> 
     Raises: OSError when a system call of the sender fails, TimeoutError when the flood ended before the block.
     """
     datagram, cid_offset = make_datagram(kind)
-    library = _library()
+    library = load_library("flood")
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(SOURCES)]
         for sock in sockets:
@@ -136,11 +132,3 @@ def hear(pipe: "Connection[Any, Any]") -> Any:
 def _flood(pipe: "Connection[Any, Any]", library: ctypes.CDLL, state: _State) -> None:
     pipe.send("started")
     pipe.send(library.flood(ctypes.byref(state)))
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "flood.so"
-        subprocess.run([os.environ.get("CC", "cc"), *_FLAGS, _SOURCE, "-o", output], check=True)
-        return ctypes.CDLL(str(output))

@@ -1,22 +1,17 @@
 """``lockstep.c``, compiled when it is first needed and called through ctypes."""
 
 import ctypes
-import functools
 import ipaddress
 import os
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from enum import IntEnum
-from pathlib import Path
 from typing import NamedTuple
+
+from ._compile import load_library
 
 BATCH = 64
 TAG_LENGTH = 4
 DATAGRAM_MAX = 2048
-
-_SOURCE = Path(__file__).with_name("lockstep.c")
-_FLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
 
 
 class Arrival(IntEnum):
@@ -112,15 +107,7 @@ def lockstep(run: Run) -> Result:
         arrival=run.arrival,
         named_only=run.named_only,
     )
-    error = -_library().lockstep(ctypes.byref(state))
+    error = -load_library("lockstep").lockstep(ctypes.byref(state))
     if error:
         raise OSError(error, f"lockstep: {os.strerror(error)}")
     return Result(list(send_ns), state.received, state.misplaced, state.lost, state.late, list(counts))
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "lockstep.so"
-        subprocess.run([os.environ.get("CC", "cc"), *_FLAGS, _SOURCE, "-o", output], check=True)
-        return ctypes.CDLL(str(output))
