@@ -122,7 +122,10 @@ def _measure(arguments: argparse.Namespace) -> Iterator[Report]:
             raise ValueError(f"rounds is {rounds}, at least {_ROUNDS_MIN} are needed")
         if arguments.flows < 1:
             raise ValueError(f"flows is {arguments.flows}, at least 1 is needed")
-        yield benchmark.run(arguments, rounds, _Line(name))
+        try:
+            yield benchmark.run(arguments, rounds, _Line(name))
+        except PermissionError as error:
+            print(f"{name}: left out: {error}", file=sys.stderr)
         print("", end="\r\033[K" if sys.stderr.isatty() else "", file=sys.stderr)
 
 

@@ -21,7 +21,7 @@ _FIRST_FLOW = "10.1.0.1"
 def over_veth(benchmark: Callable[[Path], Report]) -> Report:
     """Run a benchmark in a child that stands in the server's namespace, with clients in the other one.
 
-    Raises: OSError when this process may not make namespaces; RuntimeError when the child fails.
+    Raises: PermissionError when this process may not make namespaces; RuntimeError when the child fails.
     """
     ours, theirs = os.pipe()
     child = os.fork()
@@ -33,6 +33,8 @@ def over_veth(benchmark: Callable[[Path], Report]) -> Report:
         answer = pipe.read()
     os.waitpid(child, 0)
     kind, _, text = answer.partition("\n")
+    if kind == "refused":
+        raise PermissionError(text)
     if kind != "report":
         raise RuntimeError(text or "the child ended without an answer")
     return from_json(text)
@@ -42,6 +44,8 @@ def _run_child(benchmark: Callable[[Path], Report], pipe: int) -> None:
     try:
         with contextlib.ExitStack() as stack:
             answer = "report\n" + benchmark(_connect(stack)).to_json()
+    except PermissionError as error:
+        answer = f"refused\n{error}"
     except BaseException:  # noqa: BLE001  # the parent raises it
         answer = "error\n" + traceback.format_exc()
     with os.fdopen(pipe, "w") as file:
