@@ -295,7 +295,9 @@ def spawn(bytes path not None, list arguments not None, list environment not Non
         request.descriptor_count = <uint32_t>len(descriptors)
         request.uid = QS_KEEP_ID if uid is None else uid
         request.gid = QS_KEEP_ID if gid is None else gid
-        request.ignored = sum(1 << number for number in ignored)
+        request.ignored = 0
+        for number in ignored:
+            request.ignored |= <uint64_t>1 << <int>number
         with nogil:
             result = qs_spawn(&request)
         return check(result)

@@ -27,6 +27,7 @@ STATE_VARIABLE = "QUICSTEER_FD"
 _STATE_VERSION = 1
 _STATE_SIZE_MAX = 1024 * 1024
 _LISTEN_FIRST = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
+_SIGNAL_MAX = 63  # bits of a set; beyond is one real-time signal more
 _LISTEN_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 _SEALS = ("F_SEAL_SEAL", "F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_WRITE")
 
@@ -136,6 +137,9 @@ def start_program(
     """
     if not arguments:
         raise ValueError("arguments is empty: name the program to start")
+    for number in ignored_signals:
+        if not 1 <= number <= _SIGNAL_MAX:
+            raise ValueError(f"ignored_signals has {number}: a signal is 1 to {_SIGNAL_MAX}")
     command = [os.fsencode(argument) for argument in arguments]
     program = shutil.which(os.fsdecode(command[0]), path=(env or os.environ).get("PATH", os.defpath))
     uid, gid = _user_ids(user, group)

@@ -218,7 +218,7 @@ class Worker:
 
         Raises:
             KernelError: a call failed in the child or here; nothing is left behind.
-            ValueError: no such user, or an empty command.
+            ValueError: no such user or signal, or an empty command.
             QuicSteerError: the worker is closed.
         """
         with self._lock:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -222,6 +223,8 @@ def test_a_new_connection_reaches_the_listener_of_an_inherited_worker(steering_m
         (["/nonexistent/program"], {}, quicsteer.KernelError, "execve: No such file"),
         (["/etc/passwd"], {}, quicsteer.KernelError, "execve: Permission denied"),
         (["true"], {"user": "no-such-user"}, ValueError, "no-such-user"),
+        (["true"], {"ignored_signals": [signal.SIGINT, 64]}, ValueError, "ignored_signals has 64"),
+        (["true"], {"ignored_signals": [0]}, ValueError, "ignored_signals has 0"),
     ],
 )
 def test_a_program_that_cannot_start_is_reported(
@@ -233,6 +236,19 @@ def test_a_program_that_cannot_start_is_reported(
             group.workers[0].spawn(command, **options)
         assert open_descriptors() == before
         assert children() == children_before
+
+
+def test_a_program_finds_signals_ignored_as_it_was_told_to() -> None:
+    script = """
+import signal
+ignored = [number for number in range(1, 64) if signal.getsignal(number) is signal.SIG_IGN]
+assert ignored == [signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ], ignored  # the last two: CPython
+"""
+    python, environment = interpreter()
+    again = [signal.SIGINT, signal.SIGHUP, signal.SIGINT]
+    with SteeringGroup.open("127.0.0.1:0", 1) as group:
+        pid = group.workers[0].spawn([python, "-c", script], env=environment, ignored_signals=again)
+        assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_nothing_inherited_is_none_and_nonsense_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

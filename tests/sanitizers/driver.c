@@ -11,6 +11,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -215,7 +216,8 @@ static void call_without_descriptors(void)
 {
 	char *const arguments[] = {"true", NULL};
 	char *const environment[] = {NULL};
-	const struct qs_spawn spawn = {"/bin/true", arguments, environment, NULL, 0, QS_KEEP_ID, QS_KEEP_ID};
+	const struct qs_spawn spawn = {"/bin/true", arguments,  environment, NULL,
+				       0,           QS_KEEP_ID, QS_KEEP_ID,  1 << SIGINT};
 	struct rlimit limit;
 	const int free = dup(0);
 
