@@ -177,7 +177,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure what steering costs and what it is good for. docs/benchmarks.md says how to read it.",
-        epilog="Exit status: 0, 1 when datagrams went astray, 2 for bad arguments, 3 when a bar was missed, which --quick does not tell.",
+        epilog="Exit status: 0; 1 datagrams went astray; 2 bad arguments; 3 a bar was missed (not with --quick).",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("all", parents=[common], help="all of them, one after the other")

@@ -223,13 +223,13 @@ def _work(worker: Worker, arguments: Sequence[str]) -> int:
         config.alt_svc_headers = [f'{protocol}=":{port}"; ma=3600' for protocol in ALPN for port in ports]
     os.environ[WORKER_VARIABLE] = str(worker.index)
     app = load_application(config.application_path, config.wsgi_max_body_size)
-    servers: list[asyncio.AbstractServer] = []
+    servers: list[asyncio.Server] = []
     with asyncio.Runner(debug=config.debug, loop_factory=_loop_factory(config, servers)) as runner:
         runner.run(_HypercornWorker(worker, config, app, options, servers).run(sockets))
     return 0
 
 
-def _loop_factory(config: Config, servers: list[asyncio.AbstractServer]) -> Callable[[], asyncio.AbstractEventLoop]:
+def _loop_factory(config: Config, servers: list[asyncio.Server]) -> Callable[[], asyncio.AbstractEventLoop]:
     """Return a factory for the event loop of a worker, which keeps the TCP servers that are made on it.
 
     hypercorn ends idle connections before it stops to accept others; so who accepts last must be told first.
@@ -243,12 +243,26 @@ def _loop_factory(config: Config, servers: list[asyncio.AbstractServer]) -> Call
         base = uvloop.Loop
 
     class Loop(base):  # type: ignore[misc]
-        async def create_server(self, *arguments: Any, **options: Any) -> asyncio.AbstractServer:
-            server: asyncio.AbstractServer = await super().create_server(*arguments, **options)
+        async def create_server(self, *arguments: Any, **options: Any) -> asyncio.Server:
+            server: asyncio.Server = await super().create_server(*arguments, **options)
             servers.append(server)
             return server
 
     return Loop
+
+
+def _stop_accepting(servers: Sequence[asyncio.Server]) -> None:
+    """Close TCP servers without a loss of connections that they have accepted.
+
+    asyncio begins to serve a connection one turn of its loop after it accepted it, and drops it if the server is closed
+    by then. So nothing is accepted any more in this turn, and the servers are closed in the next.
+    """
+    loop = asyncio.get_running_loop()
+    for server in servers:
+        if isinstance(loop, asyncio.SelectorEventLoop):
+            for sock in server.sockets:
+                loop.remove_reader(sock)
+        loop.call_soon(server.close)
 
 
 def _adopt_listeners(worker: Worker) -> Sockets:
@@ -313,7 +327,7 @@ class _HypercornWorker:
         config: Config,
         app: AppWrapper,
         options: argparse.Namespace,
-        servers: list[asyncio.AbstractServer],
+        servers: list[asyncio.Server],
     ) -> None:
         self._servers = servers
         self._worker = worker
@@ -352,8 +366,7 @@ class _HypercornWorker:
 
     def stop_accepting(self) -> None:
         """Leave new TCP connections to the other workers."""
-        for server in self._servers:
-            server.close()
+        _stop_accepting(self._servers)
 
     def end(self, seconds: float) -> None:
         """Let hypercorn end: ``seconds`` for requests that run, and a little time for connections without one."""
