@@ -294,7 +294,8 @@ class Client:
         """
         await self.change_port()
         self._protocol.connect(address)
-        await asyncio.wait_for(self._protocol.wait_connected(), timeout)
+        async with asyncio.timeout(timeout):
+            await self._protocol.wait_connected()
 
     async def change_port(self) -> None:
         """Send from a new UDP socket from now on; the server is told nothing."""
@@ -317,7 +318,8 @@ class Client:
         reader, writer = await self._protocol.create_stream()
         writer.write(request)
         writer.write_eof()
-        index, _, echo = (await asyncio.wait_for(reader.read(), timeout)).partition(b":")
+        async with asyncio.timeout(timeout):
+            index, _, echo = (await reader.read()).partition(b":")
         if echo != request:
             raise ConnectionError("the answer is not what was sent")
         return int(index)

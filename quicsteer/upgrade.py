@@ -155,7 +155,8 @@ async def _await_exit(pid: int, timeout: float) -> None:
     pidfd = os.pidfd_open(pid)
     loop.add_reader(pidfd, exited.set)
     try:
-        await asyncio.wait_for(exited.wait(), timeout)
+        async with asyncio.timeout(timeout):
+            await exited.wait()
     finally:
         loop.remove_reader(pidfd)
         os.close(pidfd)

@@ -36,9 +36,9 @@ async def serve_foreign_for_ever(worker: Worker) -> None:
     await asyncio.Event().wait()
 
 
-async def try_forever(address: Address) -> None:
+async def try_until(stopped: asyncio.Event, address: Address) -> None:
     """Be a client that comes again and again, whatever happens to it."""
-    while True:
+    while not stopped.is_set():
         client = Client()
         try:
             async with asyncio.timeout(0.5):
@@ -53,13 +53,14 @@ async def try_forever(address: Address) -> None:
 
 @contextlib.asynccontextmanager
 async def clients(address: Address) -> AsyncIterator[None]:
-    tasks = [asyncio.create_task(try_forever(address)) for _ in range(CLIENTS)]
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    stopped = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(CLIENTS):
+            tasks.create_task(try_until(stopped, address))
+        try:
+            yield
+        finally:
+            stopped.set()
 
 
 async def watch(group: SteeringGroup, seconds: float, done: Callable[[], bool]) -> float:

@@ -73,7 +73,8 @@ class H3Client(Client):
 
     async def fetch(self, path: str, body: bytes | None = None, timeout: float = TIMEOUT) -> bytes:
         """Send a request and return the body of its answer."""
-        return await asyncio.wait_for(self.h3.answers[self.send_request(path, body)], timeout)
+        async with asyncio.timeout(timeout):
+            return await self.h3.answers[self.send_request(path, body)]
 
     async def get(self, path: str = "/", body: bytes | None = None, timeout: float = TIMEOUT) -> dict[str, Any]:
         """Ask the application what it knows."""

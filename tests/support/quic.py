@@ -76,7 +76,8 @@ class Client:
 
     async def connect(self, address: Address) -> None:
         await self.start(address)
-        await asyncio.wait_for(self.protocol.wait_connected(), TIMEOUT)
+        async with asyncio.timeout(TIMEOUT):
+            await self.protocol.wait_connected()
 
     async def change_port(self) -> None:
         """Go on from a new UDP socket, as behind a NAT that rebinds: the client does not know it."""
@@ -112,14 +113,16 @@ class Client:
         reader, writer = await self.protocol.create_stream()
         writer.write(request)
         writer.write_eof()
-        index, _, echo = (await asyncio.wait_for(reader.read(), TIMEOUT)).partition(b":")
+        async with asyncio.timeout(TIMEOUT):
+            index, _, echo = (await reader.read()).partition(b":")
         assert echo == request
         return int(index)
 
     async def close(self, error_code: int = 0) -> None:
         """Close the connection, and wait until it is over."""
         self.protocol.close(error_code)
-        await asyncio.wait_for(self.protocol.wait_closed(), TIMEOUT)
+        async with asyncio.timeout(TIMEOUT):
+            await self.protocol.wait_closed()
         self.drop()
 
     def drop(self) -> None:
@@ -286,7 +289,8 @@ class Wire:
 
     async def receive(self) -> tuple[bytes, Address]:
         received = asyncio.get_running_loop().sock_recvfrom(self.sock, 65536)
-        return await asyncio.wait_for(received, TIMEOUT)
+        async with asyncio.timeout(TIMEOUT):
+            return await received
 
     async def settle(self, worker: Worker, address: Address) -> list[bytes]:
         """Wait until the worker has read all that was sent to an address; return what it answered until then.

@@ -340,7 +340,10 @@ async def echo(worker: Worker) -> None:
 def _until_closed(running: Service, wait: bool) -> Iterator[Service]:
     try:
         if wait:
-            running.manager.wait_for("READY=1")
+            try:
+                running.manager.wait_for("READY=1")
+            except AssertionError as error:
+                raise AssertionError(f"{error}\n{running.log}") from None
         yield running
     finally:
         running.close()
