@@ -24,7 +24,7 @@ from quicsteer import SteeringGroup, Worker
 from quicsteer.aioquic import SteeredQuicServer, serve
 from quicsteer.demo import make_identity
 
-TIMEOUT = 20.0
+TIMEOUT = 40.0
 """Seconds that anything may take on a busy machine; nothing waits that long unless it has failed."""
 
 Address = tuple[Any, ...]

@@ -119,7 +119,7 @@ class Service:
     def wait(self) -> int:
         """Wait for the end, and return the exit status as ``Popen.returncode`` has it."""
         if self.status is None:
-            assert select.select([self._pidfd], [], [], 3 * TIMEOUT)[0], f"the service does not end\n{self.log}"
+            assert select.select([self._pidfd], [], [], 2 * TIMEOUT)[0], f"the service does not end\n{self.log}"
             result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
             assert result is not None
             self.status = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
