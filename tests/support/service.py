@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import re
@@ -435,6 +436,8 @@ def _reset_signals() -> None:
 
 
 def _close_all_but(keep: set[int], keep_memory: bool = False) -> None:
+    """Close what a fork inherited. What the parent left to be collected stays: it would close others of its numbers."""
+    gc.freeze()
     for number in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(OSError):
             is_memory = os.readlink(f"/proc/self/fd/{number}").startswith("/memfd:")
