@@ -1,4 +1,9 @@
-"""A worker of ``quicsteer hypercorn`` that stops to accept TCP connections serves those that it has accepted."""
+"""A worker of ``quicsteer hypercorn`` that stops to accept TCP connections serves those that it has accepted.
+
+On asyncio only. In a process in which uvloop has run, each fork closes the two numbers of libuv's signal pipe and makes
+the pipe anew; in the forked services of other tests those numbers are sockets. Reloads of workers on uvloop are in
+``test_hypercorn.py``, in processes of their own.
+"""
 
 import asyncio
 import socket
